@@ -1,0 +1,18 @@
+"""Limits that both ends know, so that a client can refuse or split before it sends."""
+
+from typing import Final
+
+MIB: Final = 1024 * 1024
+
+# Room for a reference batch of 1,024 sequences of 4,096 tokens in both directions, far below protobuf's 2 GiB.
+MAX_MESSAGE_BYTES: Final = 64 * MIB
+
+# Weight chunks: smaller ones pay per-message costs, larger ones leave the CPU caches.
+WEIGHT_CHUNK_BYTES: Final = 1 * MIB
+
+MAX_SAMPLES_PER_PROMPT: Final = 256
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_TOKEN_IDS: Final = 64
+
+# Items of one scoring or log-prob call. Larger lists are split by the client.
+MAX_BATCH_ITEMS: Final = 1024

@@ -1,0 +1,118 @@
+"""The run folder of a job, and what a stage may say while it works.
+
+    metrics.jsonl    one row a step: {"step": 3, "time": 1700000000.0, "objective/kl": 0.12, ...}
+    samples.jsonl    what the model said during training
+    tensorboard/     the same metrics as event files
+    checkpoints/     written by `steersman.trainer.checkpoint`
+    model/           the final model, Hugging Face layout
+
+Invariant: a step has at most one row. A stage that resumes from a checkpoint first calls `rewind` with the
+checkpoint's step, which drops the rows of later steps, and then does those steps again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE: Final = "metrics.jsonl"
+SAMPLES_FILE: Final = "samples.jsonl"
+
+
+class RunListener(Protocol):
+    """Hears of every step; the job process forwards it to whoever watches."""
+
+    def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step was finished."""
+
+    def on_progress(self, step: int, total_steps: int, message: str) -> None:
+        """The stage went on, or waits for something that `message` names."""
+
+
+class Run:
+    """Where a stage writes, and how it learns that it should stop. Not thread-safe: one owner."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        run_id: str,
+        listener: RunListener | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.directory = directory
+        self.run_id = run_id
+        self._listener = listener
+        self._stop_requested = stop_requested
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the numbers of a finished step under the field's names."""
+        row = {"step": step, "time": time.time()} | {name: float(value) for name, value in metrics.items()}
+        self._append(METRICS_FILE, [row])
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        self._tensorboard.flush()  # type: ignore[no-untyped-call]
+        if self._listener is not None:
+            self._listener.on_metrics(step, metrics)
+
+    def progress(self, step: int, total_steps: int, message: str) -> None:
+        """Says how far the stage is, and what it does or waits for."""
+        if self._listener is not None:
+            self._listener.on_progress(step, total_steps, message)
+
+    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Records samples; each row should carry its `step`."""
+        self._append(SAMPLES_FILE, rows)
+
+    def stop_requested(self) -> bool:
+        """True once the job was cancelled: write a checkpoint and return."""
+        return self._stop_requested()
+
+    def rewind(self, step: int) -> None:
+        """Drops recorded rows of steps after `step`, and a last row that was cut off in writing."""
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            path = self.directory / name
+            if path.exists():
+                kept = [row for row in read_rows(path) if int(row.get("step", 0)) <= step]
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                partial.replace(path)
+        self._tensorboard.close()  # type: ignore[no-untyped-call]
+        folder = str(self.directory / "tensorboard")
+        self._tensorboard = SummaryWriter(folder, purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flushes the event files."""
+        self._tensorboard.close()  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that `Run` wrote; a last line that was cut off in writing is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
