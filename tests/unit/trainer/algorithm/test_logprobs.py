@@ -93,7 +93,8 @@ def test_keeps_leading_shape_and_leaves_entropy_out_unless_asked(problem):
     assert result.logprobs.shape == (2, 11)
     assert result.entropy is None
     result.logprobs.sum().backward()
-    assert hidden.grad is not None and hidden.grad[22].abs().sum() == 0
+    assert hidden.grad[:22].abs().sum() > 0
+    assert hidden.grad[22].abs().sum() == 0
 
 
 def test_a_forbidden_token_makes_no_nan():

@@ -1,4 +1,6 @@
-"""KL divergence between the policy and the reference: estimators from samples, and the coefficient's controllers."""
+"""KL divergence between the policy and the reference: estimators from samples, and the coefficient's
+controllers.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,9 +13,9 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Per-token estimate of ``KL(policy || reference)`` in nats from tokens that the policy sampled.
 
-    With ``log r = ref_logprobs - logprobs``: ``k1 = -log r`` is unbiased and of high variance; ``k2 = (log r)^2 / 2`` has
-    low variance and a small bias; ``k3 = r - 1 - log r`` is unbiased, never negative and of low variance.
-    Shapes ``[...]`` alike, and so is the result. ValueError for an unknown estimator.
+    With ``log r = ref_logprobs - logprobs``: ``k1 = -log r`` is unbiased and of high variance; ``k2 = (log
+    r)^2 / 2`` has low variance and a small bias; ``k3 = r - 1 - log r`` is unbiased, never negative and of
+    low variance. Shapes ``[...]`` alike, and so is the result. ValueError for an unknown estimator.
 
     Source: J. Schulman, "Approximating KL Divergence", 2020.
     """
@@ -37,7 +39,9 @@ class KLController(Protocol):
         ...
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Takes in ``kl``, the mean over the sequences of the per-sequence KL in nats, of ``num_samples`` sequences."""
+        """Takes in ``kl``, the mean over the sequences of the per-sequence KL in nats, of ``num_samples``
+        sequences.
+        """
         ...
 
     def state_dict(self) -> dict[str, float]:
@@ -75,9 +79,10 @@ class AdaptiveKLController:
     """Moves the coefficient in proportion to the relative error of the KL, to hold it at ``target``.
 
     ``error = clip(kl / target - 1, -0.2, 0.2)``, then ``coefficient *= 1 + error * num_samples / horizon``.
-    ``target`` is in nats per sequence, ``horizon`` in sequences: at a constant error of 0.2, the coefficient grows by about
-    a fifth each ``horizon`` sequences. Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences",
-    arXiv 1909.08593, section 2.2 (there as the gain ``K = num_samples / horizon = 0.1``).
+    ``target`` is in nats per sequence, ``horizon`` in sequences: at a constant error of 0.2, the coefficient
+    grows by about a fifth each ``horizon`` sequences. Source: Ziegler et al., "Fine-Tuning Language Models
+    from Human Preferences", arXiv 1909.08593, section 2.2 (there as the gain ``K = num_samples / horizon =
+    0.1``).
     """
 
     coefficient: float

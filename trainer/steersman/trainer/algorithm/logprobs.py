@@ -1,10 +1,12 @@
-"""Log-probability of the tokens that were taken, and entropy, without a float32 ``[tokens, vocabulary]`` of the whole batch.
+"""Log-probability of the tokens that were taken, and entropy, without a float32 ``[tokens, vocabulary]`` of
+the whole batch.
 
 The distribution is ``softmax(z / temperature)`` with ``z`` the logits, as the sampling engine uses it.
 
-Tokens go through the head in chunks. At most ``chunk_bytes`` of float32 logits are alive at a time; the backward pass
-computes each chunk's logits again, except for what fits into ``keep_bytes``: probabilities of the first chunks are kept up
-to that bound, because on small models the second matrix product costs more than the memory is worth.
+Tokens go through the head in chunks. At most ``chunk_bytes`` of float32 logits are alive at a time; the
+backward pass computes each chunk's logits again, except for what fits into ``keep_bytes``: probabilities of
+the first chunks are kept up to that bound, because on small models the second matrix product costs more than
+the memory is worth.
 """
 
 from dataclasses import dataclass
@@ -22,7 +24,9 @@ DEFAULT_KEEP_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """``logprobs`` of the taken tokens in nats, float32, shaped as the targets; ``entropy`` of each distribution, or None."""
+    """``logprobs`` of the taken tokens in nats, float32, shaped as the targets; ``entropy`` of each
+    distribution, or None.
+    """
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -39,18 +43,21 @@ def logprobs_from_hidden(
     chunk_bytes: int | None = None,
     keep_bytes: int = DEFAULT_KEEP_BYTES,
 ) -> TokenLogprobs:
-    """Log-probs of ``targets [...]`` under the head ``head_VD`` (and ``bias_V``) applied to ``hidden [..., D]``.
+    """Log-probs of ``targets [...]`` under the head ``head_VD`` (and ``bias_V``) applied to ``hidden [...,
+    D]``.
 
-    ``hidden[i]`` is the state that *predicts* ``targets[i]``: the caller shifts. Differentiable in ``hidden``, ``head_VD`` and
-    ``bias_V``, through the log-probs and through the entropy. The matrix product runs in the type that autocast asks for, else in
-    that of ``hidden``; everything after it in float32. ValueError for a temperature that is not positive or shapes that do
-    not fit; targets outside the vocabulary are an IndexError.
+    ``hidden[i]`` is the state that *predicts* ``targets[i]``: the caller shifts. Differentiable in
+    ``hidden``, ``head_VD`` and ``bias_V``, through the log-probs and through the entropy. The matrix product
+    runs in the type that autocast asks for, else in that of ``hidden``; everything after it in float32.
+    ValueError for a temperature that is not positive or shapes that do not fit; targets outside the
+    vocabulary are an IndexError.
     """
     _require_positive_temperature(temperature)
     width = head_VD.shape[1]
     if hidden.shape[-1] != width or hidden.shape[:-1] != targets.shape:
+        expected = (*targets.shape, width)
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, must be targets' {tuple(targets.shape)} followed by the head's {width}"
+            f"hidden has shape {tuple(hidden.shape)}, must be {expected} (targets', then head's width)"
         )
     logprobs_T, entropy_T = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, width),
@@ -60,7 +67,7 @@ def logprobs_from_hidden(
         temperature,
         with_entropy,
         _chunk_tokens(head_VD.shape[0], hidden.device, chunk_bytes),
-        keep_bytes,
+        keep_bytes if torch.is_grad_enabled() else 0,
     )
     return TokenLogprobs(
         logprobs=logprobs_T.reshape(targets.shape),
@@ -76,7 +83,8 @@ def logprobs_from_logits(
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
-    """Log-probs of ``targets [...]`` under ``logits [..., V]``; the float32 copy exists for one chunk at a time.
+    """Log-probs of ``targets [...]`` under ``logits [..., V]``; the float32 copy exists for one chunk at a
+    time.
 
     The gradient has the type and shape of ``logits``. Errors as for :func:`logprobs_from_hidden`.
     """
@@ -271,7 +279,7 @@ def _logits_grad(
 
 
 def _finite(log_p: Tensor) -> Tensor:
-    """A forbidden token (logit -inf) has p = 0; 0 times a large number is the 0 that 0 times infinity is not."""
+    """A forbidden token (logit -inf) has p = 0, and 0 times a large number is 0; 0 times infinity is NaN."""
     return log_p.clamp(min=torch.finfo(torch.float32).min)
 
 

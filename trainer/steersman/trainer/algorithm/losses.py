@@ -1,14 +1,14 @@
 """The losses of the three stages.
 
-Every loss is ``sum over counted items / denominator``. The caller gives the denominator of the *whole* batch, over all
-micro-batches and ranks; then the gradients of the parts add up to the gradient of the whole. Metrics come back as
-detached sums (see :mod:`steersman.trainer.algorithm`).
+Every loss is ``sum over counted items / denominator``. The caller gives the denominator of the *whole* batch,
+over all micro-batches and ranks; then the gradients of the parts add up to the gradient of the whole. Metrics
+come back as detached sums (see :mod:`steersman.trainer.algorithm`).
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from steersman.trainer.algorithm.kl import KLEstimator, kl_estimate
@@ -17,7 +17,9 @@ from steersman.trainer.algorithm.metrics import masked_sum
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """``loss`` is a differentiable scalar; ``sums`` are detached sums over ``count`` items, named as they are logged."""
+    """``loss`` is a differentiable scalar; ``sums`` are detached sums over ``count`` items, named as they are
+    logged.
+    """
 
     loss: Tensor
     sums: dict[str, Tensor]
@@ -25,7 +27,9 @@ class LossOutput:
 
 
 def token_nll_loss(logprobs: Tensor, mask: Tensor, *, denominator: float | Tensor) -> LossOutput:
-    """Negative log-likelihood of the counted tokens over ``denominator`` (supervised fine-tuning). Shape ``[...]``."""
+    """Negative log-likelihood of the counted tokens over ``denominator`` (supervised fine-tuning). Shape
+    ``[...]``.
+    """
     nll = -masked_sum(logprobs, mask)
     return LossOutput(loss=nll / denominator, sums={"nll": nll.detach()}, count=mask.sum())
 
@@ -35,12 +39,14 @@ def truncated_importance_weights(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights ``min(pi_old / pi_behaviour, cap)`` of each token, and the sums that measure the mismatch.
 
-    The engine that sampled and the trainer that recomputes disagree slightly on the same weights, and fully when the
-    sample is older than the weights; the weight corrects for it, the cap bounds the variance. With ``cap=None`` the weights are
-    one: measured, not corrected. Constants in the gradient; one where masked. ``[...]``, float32.
+    The engine that sampled and the trainer that recomputes disagree slightly on the same weights, and fully
+    when the sample is older than the weights; the weight corrects for it, the cap bounds the variance. With
+    ``cap=None`` the weights are one: measured, not corrected. Constants in the gradient; one where masked.
+    ``[...]``, float32.
 
-    Sums: ``behaviour/ratio``, ``behaviour/abs_diff``, ``behaviour/kl`` (k3 of behaviour from old), ``behaviour/capfrac``.
-    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025 (TIS); Ionides, 2008.
+    Sums: ``behaviour/ratio``, ``behaviour/abs_diff``, ``behaviour/kl`` (k3 of behaviour from old),
+    ``behaviour/capfrac``. Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training", 2025 (TIS); Ionides, 2008.
     """
     if cap is not None and cap <= 0:
         raise ValueError(f"cap is {cap}, must be above 0")
@@ -69,13 +75,15 @@ def policy_loss(
     denominator: float | Tensor,
     weights: Tensor | None = None,
 ) -> LossOutput:
-    """PPO's clipped surrogate, ``max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))`` with ``r = pi / pi_old``.
+    """PPO's clipped surrogate, ``max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))`` with ``r = pi /
+    pi_old``.
 
-    ``clip_high`` defaults to ``clip_low`` (a wider one is the "clip-higher" of DAPO, arXiv 2503.14476). ``weights`` are
-    per-token importance weights (:func:`truncated_importance_weights`). All shapes ``[...]`` alike; only ``logprobs`` is
-    differentiated. Source: Schulman et al., arXiv 1707.06347, equation 7.
+    ``clip_high`` defaults to ``clip_low`` (a wider one is the "clip-higher" of DAPO, arXiv 2503.14476).
+    ``weights`` are per-token importance weights (:func:`truncated_importance_weights`). All shapes ``[...]``
+    alike; only ``logprobs`` is differentiated. Source: Schulman et al., arXiv 1707.06347, equation 7.
 
-    Sums over tokens: ``policy/loss``, ``policy/approxkl`` (k3 of old from new), ``policy/clipfrac``, ``policy/ratio``.
+    Sums over tokens: ``policy/loss``, ``policy/approxkl`` (k3 of old from new), ``policy/clipfrac``,
+    ``policy/ratio``.
     """
     clip_high = clip_low if clip_high is None else clip_high
     if not 0 < clip_low < 1:
@@ -149,10 +157,12 @@ def kl_loss(
     denominator: float | Tensor,
     weights: Tensor | None = None,
 ) -> LossOutput:
-    """KL to the reference as a term of the loss (in place of the reward). Shape ``[...]``. Sums: ``policy/kl_loss``.
+    """KL to the reference as a term of the loss (in place of the reward). Shape ``[...]``. Sums:
+    ``policy/kl_loss``.
 
-    The gradient of ``k2`` is, on policy, that of the reverse KL; ``k3`` is GRPO's choice (arXiv 2402.03300), whose gradient is
-    that of the forward KL. The gradient of ``k1`` is zero in expectation whatever the reference, so ``k1`` is refused.
+    The gradient of ``k2`` is, on policy, that of the reverse KL; ``k3`` is GRPO's choice (arXiv 2402.03300),
+    whose gradient is that of the forward KL. The gradient of ``k1`` is zero in expectation whatever the
+    reference, so ``k1`` is refused.
     """
     if estimator == "k1":
         raise ValueError(
@@ -168,20 +178,23 @@ def kl_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class RankedPairs:
-    """Pairs made of ranked responses: row numbers ``better_P`` and ``worse_P``, ``tie_P``, and ``weight_P`` = 1 / pairs of its comparison."""
+    """Pairs made of ranked responses: row numbers ``better_P`` and ``worse_P``, ``tie_P``, and ``weight_P`` =
+    1 / pairs of its comparison.
+    """
 
-    better_P: Tensor
-    worse_P: Tensor
-    tie_P: Tensor
-    weight_P: Tensor
+    better_P: Tensor  # noqa: N815
+    worse_P: Tensor  # noqa: N815
+    tie_P: Tensor  # noqa: N815
+    weight_P: Tensor  # noqa: N815
 
 
 def ranked_pairs(ranks_B: Tensor, comparison_B: Tensor, *, include_ties: bool = False) -> RankedPairs:
     """All pairs of responses of the same comparison, the lower rank (1 is best) as the better one.
 
-    ``ranks_B`` and ``comparison_B`` (the number of the comparison that each response belongs to) are ``[B]``. Equal ranks make
-    a pair only with ``include_ties``. ``K`` responses without ties give ``K (K - 1) / 2`` pairs of weight ``2 / (K (K - 1))``: a comparison
-    counts once however long its list, as in InstructGPT, arXiv 2203.02155, equation 1.
+    ``ranks_B`` and ``comparison_B`` (the number of the comparison that each response belongs to) are ``[B]``.
+    Equal ranks make a pair only with ``include_ties``. ``K`` responses without ties give ``K (K - 1) / 2``
+    pairs of weight ``2 / (K (K - 1))``: a comparison counts once however long its list, as in InstructGPT,
+    arXiv 2203.02155, equation 1.
     """
     same_BB = comparison_B[:, None] == comparison_B[None, :]
     better_BB = same_BB & (ranks_B[:, None] < ranks_B[None, :])
@@ -208,15 +221,16 @@ def bradley_terry_loss(
     tie_P: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Negative log-likelihood of pairwise choices, ``-log sigmoid(better - worse - margin)``, weighted, over ``denominator``.
+    """Negative log-likelihood of pairwise choices, ``-log sigmoid(better - worse - margin)``, weighted, over
+    ``denominator``.
 
-    Scores are ``[P]``, one pair each. ``margin_P`` asks for a larger gap (Llama 2, arXiv 2307.09288, equation 2);
-    ``label_smoothing`` is the chance in [0, 0.5) that the annotator erred; a pair of ``tie_P`` has target 1/2 and no margin. With
-    ``weight_P`` of :func:`ranked_pairs` the denominator is the number of comparisons.
+    Scores are ``[P]``, one pair each. ``margin_P`` asks for a larger gap (Llama 2, arXiv 2307.09288, equation
+    2); ``label_smoothing`` is the chance in [0, 0.5) that the annotator erred; a pair of ``tie_P`` has target
+    1/2 and no margin. With ``weight_P`` of :func:`ranked_pairs` the denominator is the number of comparisons.
     Source: Bradley and Terry, 1952; Stiennon et al., arXiv 2009.01325.
 
-    Sums (weighted; ``count`` is the sum of the weights): ``loss``, and over pairs that are not ties ``accuracy`` (an equal
-    score counts one half) and ``reward_gap``.
+    Sums (weighted; ``count`` is the sum of the weights): ``loss``, and over pairs that are not ties
+    ``accuracy`` (an equal score counts one half) and ``reward_gap``.
     """
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}, must be in [0, 0.5)")

@@ -28,7 +28,8 @@ def masked_var(x: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """``1 - Var[returns - values] / Var[returns]`` over the counted tokens: 1 is a perfect critic, 0 a constant one.
+    """``1 - Var[returns - values] / Var[returns]`` over the counted tokens: 1 is a perfect critic, 0 a
+    constant one.
 
     Shapes ``[...]`` alike. NaN when the returns do not vary, since nothing is there to explain. Scalar.
     """
@@ -39,7 +40,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class MetricSums:
-    """Adds per-token sums from micro-batches and divides once, so that the mean is over tokens and not over batches.
+    """Adds per-token sums from micro-batches and divides once, so that the mean is over tokens and not over
+    batches.
 
     >>> sums = MetricSums()
     >>> sums.add({"clipfrac": torch.tensor(3.0)}, count=torch.tensor(10))
