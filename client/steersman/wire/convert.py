@@ -17,9 +17,7 @@ def version_from_proto(message: types_pb2.WeightVersion) -> WeightVersion:
 
 def span_to_proto(span: VersionSpan) -> types_pb2.WeightVersionSpan:
     """The message of a version span."""
-    return types_pb2.WeightVersionSpan(
-        version=version_to_proto(span.version), start=span.start, end=span.end
-    )
+    return types_pb2.WeightVersionSpan(version=version_to_proto(span.version), start=span.start, end=span.end)
 
 
 def span_from_proto(message: types_pb2.WeightVersionSpan) -> VersionSpan:

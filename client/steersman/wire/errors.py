@@ -133,9 +133,7 @@ class SteersmanError(Exception):
         return f"{self.reason or self.code.name}: {self.message}"
 
 
-def invalid_field(
-    field: str, value: object, allowed: str, *, reason: Reason = Reason.INVALID_FIELD
-) -> SteersmanError:
+def invalid_field(field: str, value: object, allowed: str, *, reason: Reason = Reason.INVALID_FIELD) -> SteersmanError:
     """The error for a bad field: names the field, the value (shortened) and what is allowed."""
     shown = repr(value)
     if len(shown) > 80:

@@ -1,7 +1,7 @@
 """`SteersmanError` to and from the rich error trailer (google.rpc.Status in `grpc-status-details-bin`)."""
 
 from datetime import timedelta
-from typing import Final
+from typing import Final, cast
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
@@ -55,27 +55,23 @@ def decode_error(code: int, message: str, details: bytes | None) -> SteersmanErr
                     reason = Reason(info.reason)
             case "BadRequest":
                 bad = status_pb2.BadRequest.FromString(detail.value)
-                violations = [
-                    FieldViolation(field=v.field, description=v.description) for v in bad.field_violations
-                ]
+                violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
             case "RetryInfo":
                 delay = status_pb2.RetryInfo.FromString(detail.value).retry_delay
                 retry_after = delay.ToTimedelta().total_seconds()
-    return SteersmanError(
-        reason, message, code=Code(code), violations=violations, retry_after_seconds=retry_after
-    )
+    return SteersmanError(reason, message, code=Code(code), violations=violations, retry_after_seconds=retry_after)
 
 
 def reason_to_proto(reason: Reason | None) -> types_pb2.ErrorReason:
     """The enum value of a reason; unspecified for None."""
-    return types_pb2.ErrorReason.Value(REASON_PREFIX + (reason or "UNSPECIFIED"))
+    return cast(types_pb2.ErrorReason, types_pb2.ErrorReason.Value(REASON_PREFIX + (reason or "UNSPECIFIED")))
 
 
 def reason_from_proto(value: int) -> Reason | None:
     """The reason of an enum value; None for unspecified and for values of a newer peer."""
     if value not in types_pb2.ErrorReason.values():
         return None
-    name = types_pb2.ErrorReason.Name(types_pb2.ErrorReason.ValueType(value)).removeprefix(REASON_PREFIX)
+    name = types_pb2.ErrorReason.Name(cast(types_pb2.ErrorReason, value)).removeprefix(REASON_PREFIX)
     return Reason(name) if name in Reason.__members__ else None
 
 
@@ -83,9 +79,7 @@ def status_to_proto(error: SteersmanError | None) -> types_pb2.ItemStatus:
     """The status of one item of a batch: OK for None."""
     if error is None:
         return types_pb2.ItemStatus(code=int(Code.OK))
-    return types_pb2.ItemStatus(
-        code=int(error.code), reason=reason_to_proto(error.reason), message=error.message
-    )
+    return types_pb2.ItemStatus(code=int(error.code), reason=reason_to_proto(error.reason), message=error.message)
 
 
 def status_from_proto(status: types_pb2.ItemStatus) -> SteersmanError | None:

@@ -11,7 +11,8 @@ are read as raw `uint16` and `uint8` arrays, and written by naming their data ty
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from itertools import pairwise
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -55,12 +56,12 @@ DTYPE_NAMES: Final[dict[str, types_pb2.DataType]] = {
     "float8_e4m3fn": types_pb2.DATA_TYPE_FLOAT8_E4M3,
     "float8_e5m2": types_pb2.DATA_TYPE_FLOAT8_E5M2,
 }
-_NAME_OF: Final = {value: name for name, value in DTYPE_NAMES.items()}
+_NAME_OF: Final[dict[int, str]] = {value: name for name, value in DTYPE_NAMES.items()}
 
 
 def dtype_name(dtype: int) -> str:
     """Name of a data type as torch writes it, for example "bfloat16"."""
-    return _NAME_OF.get(types_pb2.DataType.ValueType(dtype), f"unknown data type {dtype}")
+    return _NAME_OF.get(dtype, f"unknown data type {dtype}")
 
 
 def dtype_from_name(name: str) -> types_pb2.DataType:
@@ -86,7 +87,7 @@ def to_tensor(array: NDArray[Any], dtype: int | None = None) -> types_pb2.Tensor
             raise ValueError(f"array dtype is {array.dtype}, allowed: {', '.join(map(str, _PROTO_OF))}")
         dtype = _PROTO_OF[little_endian]
     data = np.ascontiguousarray(array, dtype=_NUMPY_OF[dtype]).tobytes()
-    return types_pb2.Tensor(dtype=types_pb2.DataType.ValueType(dtype), shape=array.shape, data=data)
+    return types_pb2.Tensor(dtype=cast(types_pb2.DataType, dtype), shape=array.shape, data=data)
 
 
 def from_tensor(tensor: types_pb2.Tensor, field: str, dtype: DTypeLike | None = None) -> NDArray[Any]:
@@ -101,9 +102,7 @@ def from_tensor(tensor: types_pb2.Tensor, field: str, dtype: DTypeLike | None = 
         raise invalid_field(f"{field}.shape", list(shape), "sizes of at least 0")
     expected = math.prod(shape) * found.itemsize
     if len(tensor.data) != expected:
-        raise invalid_field(
-            f"{field}.data", f"{len(tensor.data)} bytes", f"{expected} bytes for shape {list(shape)}"
-        )
+        raise invalid_field(f"{field}.data", f"{len(tensor.data)} bytes", f"{expected} bytes for shape {list(shape)}")
     return np.frombuffer(tensor.data, dtype=found).reshape(shape)
 
 
@@ -127,4 +126,4 @@ def from_ragged(ragged: types_pb2.RaggedTensor, field: str, dtype: DTypeLike) ->
         allowed = f"ascending from 0 to {values.size}, the number of values"
         raise invalid_field(f"{field}.offsets", offsets.tolist(), allowed)
     bounds = offsets.tolist()
-    return [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [values[start:end] for start, end in pairwise(bounds)]

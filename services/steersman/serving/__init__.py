@@ -1,0 +1,1 @@
+"""What every server shares: settings, bootstrap, health, metrics, logs, error translation, draining, batching."""

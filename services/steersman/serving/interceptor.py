@@ -1,0 +1,135 @@
+"""What happens around every call: request id, metrics, log line, and the one place where errors are translated.
+
+Servicers raise `SteersmanError`; nothing else that they raise reaches a caller. An unexpected exception is logged with
+its traceback under the request id, and the caller is told only that id.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Final, TypeAlias, cast
+
+import grpc
+
+from steersman.serving.logging import request_id
+from steersman.serving.metrics import Metrics
+from steersman.wire.errors import Code, Reason, SteersmanError
+from steersman.wire.status import DETAILS_TRAILER, encode_details
+
+REQUEST_ID_KEY: Final = "x-request-id"
+_VALID_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_STATUS_OF: Final = {status.value[0]: status for status in grpc.StatusCode}
+
+logger = logging.getLogger(__name__)
+
+# Quoted: the stubs are generic, the classes at run time are not.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps the methods of Steersman's own services; health and reflection pass as they are."""
+
+    def __init__(self, metrics: Metrics, own_package: str = "/steersman.") -> None:
+        self._metrics = metrics
+        self._own_package = own_package
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """Returns the handler of the method with everything around it."""
+        handler: Any = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(self._own_package):
+            return cast(Handler, handler)
+        name = method.rpartition("/")[2]
+        if handler.response_streaming:
+            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            behaviour: Any = self._wrap_stream(name, inner)
+        else:
+            inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            behaviour = self._wrap_unary(name, inner)
+        kind = (
+            ("stream" if handler.request_streaming else "unary")
+            + "_"
+            + ("stream" if handler.response_streaming else "unary")
+        )
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return cast(Handler, make(behaviour, handler.request_deserializer, handler.response_serializer))
+
+    def _wrap_unary(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with self._around(method, context):
+                return await inner(request, context)
+
+        return call
+
+    def _wrap_stream(
+        self, method: str, inner: Callable[..., AsyncGenerator[Any, None]]
+    ) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async with self._around(method, context), aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    yield response
+
+        return call
+
+    @asynccontextmanager
+    async def _around(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+        identifier = _request_id(context)
+        token = request_id.set(identifier)
+        in_flight = self._metrics.rpc_in_flight.labels(method)
+        in_flight.inc()
+        start = time.perf_counter()
+        code = Code.OK
+        try:
+            yield
+            context.set_trailing_metadata(((REQUEST_ID_KEY, identifier),))
+        except (asyncio.CancelledError, GeneratorExit):
+            code = Code.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = Code.UNKNOWN
+            raise
+        except Exception as error:
+            public = translate(error, identifier)
+            code = public.code
+            logger.info("call failed", extra={"method": method, "code": code.name, "why": str(public)})
+            trailers = ((REQUEST_ID_KEY, identifier), (DETAILS_TRAILER, encode_details(public)))
+            await context.abort(_STATUS_OF[int(code)], public.message, trailers)
+        finally:
+            elapsed = time.perf_counter() - start
+            in_flight.dec()
+            self._metrics.rpc_seconds.labels(method, code.name).observe(elapsed)
+            logger.debug("call", extra={"method": method, "code": code.name, "seconds": round(elapsed, 6)})
+            _reset(token)
+
+
+def translate(error: Exception, identifier: str) -> SteersmanError:
+    """The public form of an exception. What is not a `SteersmanError` is logged and named by request id only."""
+    if isinstance(error, SteersmanError):
+        return error
+    if isinstance(error, TimeoutError):
+        return SteersmanError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the work was done")
+    logger.error("unexpected error", exc_info=error)
+    return SteersmanError(Reason.INTERNAL, f"internal error; the server's log has it under request id {identifier}")
+
+
+def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The caller's request id, or a new one if it sent none that is safe to log."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _VALID_REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex[:16]
+
+
+def _reset(token: Any) -> None:
+    """Restores the request id; an async generator may be closed in another context, where there is nothing to do."""
+    try:
+        request_id.reset(token)
+    except ValueError:
+        return

@@ -1,0 +1,136 @@
+"""A grpc.aio server with health, reflection and the interceptor, and its orderly end.
+
+Order of an end: health turns NOT_SERVING, the service drains, in-flight calls finish within the grace period, the
+rest are cancelled, the engine is freed.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from steersman.serving.interceptor import CallInterceptor
+from steersman.serving.metrics import Metrics
+from steersman.serving.service import EngineDead, Service
+from steersman.serving.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class PortInUse(OSError):
+    """The address to listen on is taken."""
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises `PortInUse` if the port cannot be listened on; said before a model is loaded for nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise PortInUse(f"port: cannot listen on {host}:{port}: {reason}; allowed: a free port, or 0") from None
+
+
+class RunningServer:
+    """A started server. `stopped` completes when the engine died; `stop` ends the server in order."""
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        service: Service,
+        health_servicer: HealthServicer,
+        names: Sequence[str],
+        *,
+        address: str,
+        health_interval_seconds: float,
+    ) -> None:
+        self.address = address
+        self.engine_dead = asyncio.Event()
+        self._server = server
+        self._service = service
+        self._health = health_servicer
+        self._names = ("", *names)
+        self._interval = health_interval_seconds
+        self._watch = asyncio.create_task(self._watch_engine())
+
+    async def stop(self, grace_seconds: float = 0.0) -> None:
+        """NOT_SERVING, drain, wait for in-flight calls at most `grace_seconds`, free the engine."""
+        self._watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watch
+        await self._health.enter_graceful_shutdown()
+        try:
+            await self._service.drain()
+            await self._server.stop(grace_seconds)
+        finally:
+            await self._service.close()
+
+    async def _watch_engine(self) -> None:
+        serving: bool | None = None
+        while not self.engine_dead.is_set():
+            healthy = await self._look()
+            if healthy != serving:
+                serving = healthy
+                logger.info("health", extra={"status": "SERVING" if healthy else "NOT_SERVING"})
+                for name in self._names:
+                    await self._health.set(name, _SERVING if healthy else _NOT_SERVING)
+            await asyncio.sleep(self._interval)
+
+    async def _look(self) -> bool:
+        try:
+            # An engine that does not answer in ten looks' time is not able to serve.
+            async with asyncio.timeout(10 * self._interval):
+                await self._service.check_health()
+        except EngineDead:
+            logger.exception("engine died")
+            self.engine_dead.set()
+            return False
+        except Exception:
+            logger.warning("engine is not healthy", exc_info=True)
+            return False
+        return True
+
+
+async def start_server(service: Service, settings: ServerSettings, metrics: Metrics) -> RunningServer:
+    """Starts to listen. The engine behind `service` must be ready. Raises `PortInUse`."""
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        # Two servers on one port would each get some of the calls.
+        ("grpc.so_reuseport", 0),
+        # Clients may ping every 10 s while idle, to notice a dead connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    server = grpc.aio.server(
+        interceptors=[CallInterceptor(metrics)],
+        options=options,
+        maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
+    )
+    names = service.register(server)
+    health_servicer = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    check_port(settings.host, settings.port)
+    port = server.add_insecure_port(f"{host}:{settings.port}")
+    await server.start()
+    return RunningServer(
+        server,
+        service,
+        health_servicer,
+        names,
+        address=f"{host}:{port}",
+        health_interval_seconds=settings.health_interval_seconds,
+    )
