@@ -1,0 +1,32 @@
+"""What the files of a Hugging Face checkpoint folder say, read without loading a model."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that end a response, ascending: those of generation_config.json, else of config.json. May be
+    empty.
+    """
+    for name in ("generation_config.json", "config.json"):
+        match _read(folder / name).get("eos_token_id"):
+            case int(only):
+                return (only,)
+            case list(several):
+                return tuple(sorted(int(token) for token in several))
+    return ()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

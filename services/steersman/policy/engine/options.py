@@ -1,0 +1,78 @@
+"""What a vLLM engine is started with, and the environment that it needs before vLLM is imported."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to start a vLLM engine.
+
+    model: folder of a Hugging Face checkpoint with safetensors.
+    dtype: element type to compute in: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+    max_model_len: longest sequence in tokens; None takes the model's.
+    max_num_seqs: samples that decode together.
+    max_num_batched_tokens: tokens of one step; None takes vLLM's.
+    kv_cache_bytes: size of the key-value cache; None lets vLLM profile (on CPU: half of the memory).
+    gpu_memory_fraction: share of an accelerator's memory that vLLM may use.
+    tensor_parallel_size: accelerators that share the model.
+    num_threads: OpenMP threads of the engine on CPU.
+    separate_worker: run the model in a process of its own beside the scheduler (CPU only). Costs a hop each
+    step.
+    load_chunk_bytes: weights moved between two decode steps while new ones are staged.
+    seed: start of the engine's random numbers, for requests without a seed.
+    """
+
+    model: Path
+    served_name: str = ""
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    gpu_memory_fraction: float = 0.9
+    tensor_parallel_size: int = 1
+    num_threads: int | None = None
+    separate_worker: bool = False
+    enforce_eager: bool = False
+    load_chunk_bytes: int = 4 * 1024 * 1024
+    seed: int = 0
+
+
+BLOCK_TOKENS: Final = 32
+"""Tokens of a key-value cache block: vLLM's CPU attention wants multiples of 32, and its GPU kernels accept
+it.
+"""
+
+_DEFAULTS: Final = {
+    # Nobody should find their training run reported to a third party.
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare_environment(options: EngineOptions, *, on_cpu: bool) -> None:
+    """Sets what vLLM and OpenMP read from the environment. Call it before torch or vLLM is imported.
+
+    Variables that are set already win, except those that the options speak of.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if on_cpu:
+        # Eager execution costs no throughput on CPU, and the first request does not wait 10 s for a compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if options.separate_worker else "0"
+        # Without a limit OpenMP takes every core of the host, and throughput collapses in a container.
+        threads = options.num_threads or len(os.sched_getaffinity(0))
+        if options.num_threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def has_accelerator() -> bool:
+    """Whether an NVIDIA or AMD device node is there, without importing torch."""
+    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
