@@ -1,0 +1,319 @@
+"""Models: loaded from a path or hub id, or built from a configuration and a seed; and saved as Hugging Face
+files.
+
+Three kinds share one backbone:
+
+- the *actor*, a causal language model;
+- the *scalar head*, a sequence classifier with one label, ``score`` on the last token: the reward model;
+- the *critic*, a scalar head whose ``score`` is read at every token.
+
+An actor and a scalar head of the same architecture name their backbone's tensors alike, so each can start
+from the other's files; what is missing (the head) is drawn from the seed.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from steersman.trainer.checkpoint.atomic import CheckpointError, atomic_directory
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class ModelSource(BaseModel):
+    """Where a model comes from: exactly one of ``path`` and ``config``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = Field(default=None, min_length=1, description="A local directory or a hub id.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    config: dict[str, Any] | None = Field(
+        default=None, description='A model from scratch: {"model_type": "qwen2", "hidden_size": 128, ...}.'
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of path (a directory or hub id) and config (a model from scratch)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config.model_type is missing: it names the architecture, such as 'qwen2' or 'llama'")
+        return self
+
+
+def load_actor(
+    source: ModelSource, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """The causal language model of ``source``, float32, on the CPU, dropout off.
+
+    A model from scratch is drawn from ``seed`` and, where ``tokenizer`` is given, takes its vocabulary size
+    and special tokens. CheckpointError for a missing or unreadable checkpoint and for an unknown architecture
+    or setting.
+    """
+    with _seeded(seed):
+        if source.config is not None:
+            config = _config_from_scratch(source.config, tokenizer)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            model = _from_pretrained(AutoModelForCausalLM, source)
+    return _ready(model)
+
+
+def load_scalar_head(
+    source: ModelSource, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """A sequence classifier with one label, from a scalar head's files, an actor's (fresh ``score``), or from
+    scratch.
+
+    A fresh head is zero, so that scores start at zero whatever the width and the first gradient is the
+    data's. Float32, on the CPU. CheckpointError as for :func:`load_actor`, and for an architecture without a
+    ``score`` head.
+    """
+    with _seeded(seed):
+        if source.config is not None:
+            config = _config_from_scratch(source.config, tokenizer)
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            fresh = True
+        else:
+            model, info = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1, with_info=True)
+            fresh = "score.weight" in info["missing_keys"]
+    score_head(model)
+    if fresh:
+        nn.init.zeros_(score_head(model).weight)
+    if tokenizer is not None:
+        adopt_special_tokens(model, tokenizer)
+    return _ready(model)
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """The head that turns hidden states into one score. CheckpointError if the architecture has none called
+    ``score``.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise CheckpointError(
+            f"{type(model).__name__} has no one-output linear head called 'score': use a decoder architecture "
+            "such as qwen2 or llama with one label"
+        )
+    return head
+
+
+def lm_head(model: PreTrainedModel) -> nn.Linear:
+    """The output projection of an actor.
+
+    CheckpointError where ``logits`` are not simply hidden states times this matrix (soft-capped or scaled
+    logits).
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise CheckpointError(f"{type(model).__name__} transforms its logits ({name}), which is not supported")
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise CheckpointError(f"{type(model).__name__} has no linear output projection")
+    return head
+
+
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Final hidden states ``[B, T, D]`` of *right-padded* ``ids_BT``, no cache kept.
+
+    No attention mask is needed: under causal attention no real token sees the padding to its right, and
+    without a mask the attention takes its fast causal form. States at padding are meaningless.
+    """
+    output = model.base_model(input_ids=ids_BT, use_cache=False)
+    return cast(Tensor, output.last_hidden_state)
+
+
+def token_values(critic: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """The critic's value at every token of right-padded ``ids_BT``: ``[B, T]`` float32; meaningless at
+    padding.
+
+    The value at ``t`` has seen tokens up to and including ``t``.
+    """
+    return cast(Tensor, score_head(critic)(hidden_states(critic, ids_BT))).squeeze(-1).float()
+
+
+def sequence_scores(model: PreTrainedModel, ids_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """The score at the last real token of each right-padded sequence: ``[B]`` float32.
+
+    The same as the Hugging Face forward pass gives when the padding token occurs only as padding.
+    """
+    states_BTD = hidden_states(model, ids_BT)
+    last_BD = states_BTD[torch.arange(len(ids_BT), device=ids_BT.device), lengths_B - 1]
+    return cast(Tensor, score_head(model)(last_BD)).squeeze(-1).float()
+
+
+def adopt_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model the tokenizer's special tokens, so that scorers and engines pad and stop as training
+    did.
+    """
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(tokenizer, name)
+        if value is not None:
+            setattr(model.config, name, value)
+            if getattr(model, "generation_config", None) is not None:
+                setattr(model.generation_config, name, value)
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``path`` (a directory or hub id). CheckpointError if there is none or it has no EOS
+    token.
+    """
+    _require_directory(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"the tokenizer of {path!r} has no EOS token: responses could not end")
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def write_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Writes safetensors, configuration and tokenizer files into ``directory`` (not atomic by itself)."""
+    model.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def save_model(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Writes the model to ``target`` at once, with a manifest; ``from_pretrained(target)`` reads it.
+
+    CheckpointError if ``AutoTokenizer`` would read another tokenizer from there than the one given.
+    """
+    with atomic_directory(target, metadata=metadata) as directory:
+        write_model(directory, model, tokenizer)
+        if tokenizer is not None:
+            _require_same_tokenizer(directory, tokenizer, model.config.model_type)
+
+
+def load_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Puts the weights that :func:`write_model` wrote into ``model``, in place. CheckpointError if they do
+    not fit.
+    """
+    saved = _from_pretrained(type(model), ModelSource(path=str(directory)))
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {directory} do not fit the model: {_first_line(error)}") from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA if there, else the CPU; anything else as torch reads it. ValueError for a device that
+    is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, must be 'auto', 'cpu' or 'cuda[:N]'") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but this machine has no CUDA device; use 'auto' or 'cpu'")
+    return resolved
+
+
+class _seeded:  # noqa: N801 - reads as a statement
+    """Draws from ``seed`` inside, and leaves the generators outside as they were."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._fork = torch.random.fork_rng()
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *exc: object) -> None:
+        self._fork.__exit__(None, None, None)
+
+
+def _config_from_scratch(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    settings = dict(settings)
+    model_type = settings.pop("model_type")
+    if tokenizer is not None:
+        settings.setdefault("vocab_size", len(tokenizer))
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            settings.setdefault(name, getattr(tokenizer, name))
+    try:
+        defaults = AutoConfig.for_model(model_type)
+        unknown = sorted(name for name in settings if not hasattr(defaults, name))
+        if unknown:
+            raise CheckpointError(f"config.{unknown[0]} is not a setting of model_type {model_type!r}")
+        config = AutoConfig.for_model(model_type, **settings)
+    except CheckpointError:
+        raise
+    except Exception as error:  # configuration classes raise whatever their validators do
+        raise CheckpointError(f"config is not valid for model_type {model_type!r}: {_first_line(error)}") from error
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
+        raise CheckpointError(
+            f"config.vocab_size is {config.vocab_size}, must be at least the tokenizer's {len(tokenizer)}"
+        )
+    return config
+
+
+def _from_pretrained(factory: Any, source: ModelSource, *, with_info: bool = False, **settings: Any) -> Any:
+    path = cast(str, source.path)
+    _require_directory(path)
+    try:
+        return factory.from_pretrained(
+            path,
+            revision=source.revision or "main",
+            dtype=torch.float32,
+            use_safetensors=True,  # pickled weights are never read
+            output_loading_info=with_info,
+            **settings,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"no model can be loaded from {path!r}: {_first_line(error)}") from error
+
+
+def _require_directory(path: str) -> None:
+    """A hub id is one or two words; whatever else looks like a path must exist, before the hub is asked about
+    it.
+    """
+    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise CheckpointError(f"checkpoint {path!r} is missing: no such directory")
+
+
+def _require_same_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> None:
+    """For some architectures (qwen2 is one) ``AutoTokenizer`` forces a class of its own on the saved files,
+    and then splits text otherwise without a word. Services read tokenizers through it, so a model that would
+    be misread is not written.
+    """
+    known = cast(str, tokenizer.decode(list(range(min(len(tokenizer), 200))), skip_special_tokens=True))
+    probe = known + " The end, 1 2 3.\n\nx"
+    read_back = AutoTokenizer.from_pretrained(directory)
+    if read_back(probe).input_ids != tokenizer(probe).input_ids:
+        raise CheckpointError(
+            f"AutoTokenizer reads a {type(read_back).__name__} for model_type {model_type!r}, which splits text "
+            "otherwise than the tokenizer given: take another model_type, such as 'llama' or 'qwen3', or that "
+            "class's own kind of tokenizer"
+        )
+
+
+def _ready(model: Any) -> PreTrainedModel:
+    # Evaluation mode once and for all: dropout would make old and new log-probs differ without an update.
+    return cast(PreTrainedModel, model.eval())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
