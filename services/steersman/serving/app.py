@@ -31,7 +31,7 @@ EXIT_USAGE = 2
 def main(name: str, settings_class: type[SettingsT], build: Build[SettingsT], argv: Sequence[str] | None = None) -> int:
     """Loads settings and serves until told to stop. Returns the exit status of the process."""
     try:
-        settings = settings_class.load(argv)
+        settings = settings_class.load(argv, program=f"python -m steersman.{name}")
     except SettingsError as error:
         sys.stderr.write(f"steersman {name}: bad settings\n{error}\n")
         return EXIT_USAGE

@@ -7,6 +7,7 @@ Unknown flags and YAML keys are refused. The file is named by `--config` or `STE
 
 import ipaddress
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -81,8 +82,8 @@ class ServerSettings(BaseSettings):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str] | None = None) -> Self:
-        """Settings from flags, environment and file.
+    def load(cls, argv: Sequence[str] | None = None, *, program: str | None = None) -> Self:
+        """Settings from flags (`sys.argv` if `argv` is None), environment and file. `program` names it in `--help`.
 
         Raises:
             SettingsError: naming each bad key, its value and what is allowed.
@@ -102,7 +103,9 @@ class ServerSettings(BaseSettings):
                 dotenv_settings: PydanticBaseSettingsSource,
                 file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
-                flags: CliSettingsSource[Any] = CliSettingsSource(settings_cls, cli_parse_args=arguments)
+                flags: CliSettingsSource[Any] = CliSettingsSource(
+                    settings_cls, cli_parse_args=arguments, cli_prog_name=program
+                )
                 return flags, env_settings, InitSettingsSource(settings_cls, init_kwargs=file_values)
 
         WithSources.__name__ = cls.__name__
@@ -133,8 +136,6 @@ def explain(error: ValidationError) -> str:
 
 def _take_config_flag(arguments: list[str] | None) -> tuple[str | None, list[str]]:
     """Splits `--config FILE` off the flags; the environment names the file if no flag does."""
-    import sys
-
     rest = list(sys.argv[1:] if arguments is None else arguments)
     config = os.environ.get(ENV_PREFIX + "CONFIG")
     for index, argument in enumerate(rest):

@@ -31,14 +31,14 @@ class Servicer(policy_pb2_grpc.PolicyServiceServicer):
         self.release = asyncio.Event()
         self.closed_streams = 0
 
-    async def GetModel(self, request, context):  # noqa: N802
+    async def GetModel(self, request, context):
         self.entered.set()
         if self.error is not None:
             raise self.error
         await self.release.wait()
         return policy_pb2.PolicyServiceGetModelResponse()
 
-    async def Generate(self, request, context) -> AsyncIterator[policy_pb2.GenerateResponse]:  # noqa: N802
+    async def Generate(self, request, context) -> AsyncIterator[policy_pb2.GenerateResponse]:
         try:
             for index in range(1000):
                 yield policy_pb2.GenerateResponse(sample_index=index)
