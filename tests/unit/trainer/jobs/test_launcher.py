@@ -1,0 +1,88 @@
+"""Local workers: known by id and start time, killed with their children, their end described."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steersman.trainer.jobs.launcher import LocalLauncher, WorkerStatus, process_handle
+from steersman.trainer.jobs.model import JobResources
+
+SLEEPER = (sys.executable, "-c", "import sys, time; print('up', sys.argv[1], flush=True); time.sleep(600)")
+
+
+async def until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
+    import asyncio
+
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_worker_lives_in_a_session_of_its_own_and_writes_a_log(tmp_path: Path) -> None:
+    launcher = LocalLauncher(SLEEPER)
+    handle = await launcher.launch(tmp_path, JobResources())
+    pid = json.loads(handle)["pid"]
+    try:
+        assert os.getsid(pid) == pid
+        assert (await launcher.status(handle)).alive
+        # A service that did not start it knows it too.
+        assert (await LocalLauncher().status(handle)).alive
+        await until(lambda: f"up {tmp_path}" in (tmp_path / "log.txt").read_text())
+    finally:
+        await launcher.kill(handle)
+    launcher._children[pid].wait(timeout=30)
+    assert await launcher.status(handle) == WorkerStatus(
+        alive=False, ending="was killed by SIGKILL (the kernel does that when memory runs out)"
+    )
+    await launcher.stop(handle)
+    await launcher.kill(handle)
+
+
+async def test_a_zombie_is_dead_for_a_service_that_did_not_start_it(tmp_path: Path) -> None:
+    first = LocalLauncher((sys.executable, "-c", "raise SystemExit(3)"))
+    handle = await first.launch(tmp_path, JobResources())
+    pid = json.loads(handle)["pid"]
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert not (await LocalLauncher().status(handle)).alive
+    assert (await first.status(handle)).ending == "exited with status 3"
+
+
+async def test_another_process_of_the_same_id_is_not_the_worker() -> None:
+    with subprocess.Popen(SLEEPER, stdout=subprocess.DEVNULL) as process:
+        try:
+            real = json.loads(process_handle(process.pid))
+            forged = json.dumps(real | {"start": real["start"] + "1"})
+            launcher = LocalLauncher()
+            assert not (await launcher.status(forged)).alive
+            await launcher.kill(forged)
+            assert process.poll() is None
+            assert (await launcher.status(json.dumps(real))).alive
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("resources", "field"),
+    [
+        (JobResources(num_processes=2), "spec.resources.num_processes"),
+        (JobResources(cpus_per_process=-1), "spec.resources.cpus_per_process"),
+        (JobResources(memory_bytes_per_process=1), "spec.resources.memory_bytes_per_process"),
+        (JobResources(queue_name="q"), "spec.resources.queue_name"),
+        (JobResources(image="i"), "spec.resources.image"),
+    ],
+)
+def test_what_a_local_job_cannot_have_is_named(resources: JobResources, field: str) -> None:
+    assert [violation.field for violation in LocalLauncher().check(resources)] == [field]
+
+
+async def test_cpus_bound_the_threads(tmp_path: Path) -> None:
+    program = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    launcher = LocalLauncher((sys.executable, "-c", program))
+    handle = await launcher.launch(tmp_path, JobResources(cpus_per_process=1.5))
+    launcher._children[json.loads(handle)["pid"]].wait(timeout=30)
+    assert (tmp_path / "log.txt").read_text() == "1\n"

@@ -1,0 +1,177 @@
+"""How a job's worker is started, asked after, and stopped.
+
+`LocalLauncher` starts processes on this machine, each in a session of its own: a signal to the service, or its end,
+does not reach them. A process is known by its id *and* its start time, because ids are used again.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import psutil
+
+from steersman.trainer.jobs.folder import LOG_FILE
+from steersman.trainer.jobs.model import JobResources
+from steersman.wire.errors import FieldViolation
+
+# sysexits.h EX_TEMPFAIL: the worker found another worker in its run folder.
+EXIT_FOLDER_IN_USE: Final = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStatus:
+    """Whether a worker lives, and how it ended as far as that is known."""
+
+    alive: bool
+    ending: str = ""
+
+
+class Launcher(Protocol):
+    """Starts workers somewhere. Handles are strings that outlive the service; launching twice starts two workers."""
+
+    def check(self, resources: JobResources) -> Sequence[FieldViolation]:
+        """What this launcher cannot give; empty if it can give everything asked for."""
+
+    async def launch(self, run_directory: Path, resources: JobResources) -> str:
+        """Starts a worker for a run folder; returns its handle. OSError if it cannot start."""
+
+    async def status(self, handle: str) -> WorkerStatus:
+        """Whether the worker lives."""
+
+    async def stop(self, handle: str) -> None:
+        """Asks the worker to write a checkpoint and end. Nothing happens if it has ended."""
+
+    async def kill(self, handle: str) -> None:
+        """Ends the worker and its children at once. Nothing happens if it has ended."""
+
+
+class LocalLauncher:
+    """Workers as processes of this machine."""
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "steersman.trainer.jobs.worker")) -> None:
+        self._command = tuple(command)
+        # Those that this service started, to reap them and to know how they ended.
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def check(self, resources: JobResources) -> Sequence[FieldViolation]:
+        """A local job is one process that sees all of the machine; only its CPU threads can be bounded."""
+        bounds = {
+            "num_processes": (resources.num_processes, "0 or 1", resources.num_processes in (0, 1)),
+            "gpus_per_process": (resources.gpus_per_process, "0 or 1", resources.gpus_per_process in (0, 1)),
+            "cpus_per_process": (resources.cpus_per_process, "0 or more", resources.cpus_per_process >= 0),
+            "memory_bytes_per_process": (
+                resources.memory_bytes_per_process,
+                "0",
+                resources.memory_bytes_per_process == 0,
+            ),
+            "queue_name": (resources.queue_name, "empty", not resources.queue_name),
+            "image": (resources.image, "empty", not resources.image),
+        }
+        return [
+            FieldViolation(
+                field=f"spec.resources.{name}", description=f"is {value!r}, allowed for local jobs: {allowed}"
+            )
+            for name, (value, allowed, fine) in bounds.items()
+            if not fine
+        ]
+
+    async def launch(self, run_directory: Path, resources: JobResources) -> str:
+        """See `Launcher`. What the worker prints goes to log.txt of the run folder."""
+        return await asyncio.to_thread(self._launch, run_directory, resources)
+
+    def _launch(self, run_directory: Path, resources: JobResources) -> str:
+        with (run_directory / LOG_FILE).open("ab") as log:
+            child = subprocess.Popen(
+                [*self._command, str(run_directory)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=_environment(resources),
+            )
+        self._children[child.pid] = child
+        return process_handle(child.pid)
+
+    async def status(self, handle: str) -> WorkerStatus:
+        """See `Launcher`. How a worker ended is known only to the service that started it."""
+        pid = _find(handle)
+        known = self._children.get(json.loads(handle)["pid"])
+        if known is not None:
+            code = known.poll()
+            if code is None:
+                return WorkerStatus(alive=True)
+            return WorkerStatus(alive=False, ending=_describe_exit(code))
+        if pid is None:
+            return WorkerStatus(alive=False, ending="ended while no service watched it")
+        return WorkerStatus(alive=True)
+
+    async def stop(self, handle: str) -> None:
+        """See `Launcher`. SIGTERM goes to the worker alone: its children are its own business."""
+        if (pid := _find(handle)) is not None:
+            _send(os.kill, pid, signal.SIGTERM)
+
+    async def kill(self, handle: str) -> None:
+        """See `Launcher`."""
+        if (pid := _find(handle)) is not None:
+            _send(os.killpg, pid, signal.SIGKILL)
+
+
+def process_handle(pid: int) -> str:
+    """The handle of a local process: its id and what tells it from a later process of the same id."""
+    return json.dumps({"pid": pid, "start": _start_mark(pid)})
+
+
+def _start_mark(pid: int) -> str:
+    """Start time of a process: clock ticks since which boot. Empty if there is no such process, or only a zombie."""
+    try:
+        # Linux; wall-clock start times shift whenever the clock is set.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return "" if fields[0] == "Z" else f"{boot}:{fields[19]}"
+    except FileNotFoundError:
+        if sys.platform == "linux":
+            return ""
+    try:
+        return f"{psutil.Process(pid).create_time():.2f}"
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _find(handle: str) -> int | None:
+    """The id of the process behind a handle, None once it has ended."""
+    values = json.loads(handle)
+    mark = _start_mark(values["pid"])
+    return values["pid"] if mark and mark == values["start"] else None
+
+
+def _send(send: "_Send", pid: int, number: signal.Signals) -> None:
+    try:
+        send(pid, number)
+    except ProcessLookupError:
+        return
+
+
+class _Send(Protocol):
+    def __call__(self, pid: int, number: int, /) -> None: ...
+
+
+def _describe_exit(code: int) -> str:
+    if code >= 0:
+        return f"exited with status {code}"
+    name = signal.Signals(-code).name
+    hint = " (the kernel does that when memory runs out)" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
+
+
+def _environment(resources: JobResources) -> Mapping[str, str]:
+    environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
+    if resources.cpus_per_process > 0:
+        environment["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus_per_process)))
+    return environment

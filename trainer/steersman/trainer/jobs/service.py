@@ -1,0 +1,61 @@
+"""TrainerService as the serving runtime runs it."""
+
+from collections.abc import Sequence
+
+import grpc
+
+from steersman.serving.metrics import Metrics
+from steersman.trainer.jobs.handler import JobsHandler
+from steersman.trainer.jobs.launcher import Launcher, LocalLauncher
+from steersman.trainer.jobs.servicer import TrainerServicer
+from steersman.trainer.jobs.settings import TrainerSettings
+from steersman.trainer.jobs.validation import ProcessValidator, Validator
+from steersman.v1 import trainer_pb2, trainer_pb2_grpc
+
+
+class TrainerServer:
+    """The `Service` of steersman.serving over the jobs handler."""
+
+    name = "trainer"
+
+    def __init__(self, handler: JobsHandler, metrics: Metrics) -> None:
+        self._handler = handler
+        self._jobs = metrics.gauge("jobs", "Jobs that have not ended.", ("state",))
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Adds the servicer."""
+        trainer_pb2_grpc.add_TrainerServiceServicer_to_server(TrainerServicer(self._handler), server)  # type: ignore[no-untyped-call]
+        return [trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"].full_name]
+
+    async def check_health(self) -> None:
+        """Raises if the database does not answer."""
+        for state, count in (await self._handler.count_by_state()).items():
+            self._jobs.labels(state=str(state)).set(count)
+
+    async def drain(self) -> None:
+        """Ends the watches."""
+        await self._handler.drain()
+
+    async def close(self) -> None:
+        """Closes the database; jobs go on."""
+        await self._handler.close()
+
+
+async def build(
+    settings: TrainerSettings,
+    metrics: Metrics,
+    *,
+    launcher: Launcher | None = None,
+    validator: Validator | None = None,
+) -> TrainerServer:
+    """The service with its handler started: jobs of an earlier service are adopted before the first call."""
+    handler = JobsHandler(
+        settings.runs_directory,
+        launcher=launcher or LocalLauncher(),
+        validator=validator or ProcessValidator(),
+        max_running_jobs=settings.max_running_jobs,
+        cancel_grace_seconds=settings.cancel_grace_seconds,
+        max_attempts=settings.max_attempts,
+    )
+    await handler.start()
+    return TrainerServer(handler, metrics)

@@ -1,0 +1,150 @@
+"""The process of one job: `python -m steersman.trainer.jobs.worker RUN_DIR`.
+
+    own the run folder -> record itself as RUNNING -> run the stage -> record how it ended
+
+Invariant: the end is recorded once, as the last thing, while the folder is still owned; a worker that dies before is
+noticed by the service. SIGTERM asks the stage to write a checkpoint and return.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from steersman.serving import logging as serving_logging
+from steersman.trainer.jobs import folder
+from steersman.trainer.jobs.events import EventWriter
+from steersman.trainer.jobs.launcher import EXIT_FOLDER_IN_USE, process_handle
+from steersman.trainer.jobs.model import JobState
+from steersman.trainer.jobs.registry import STAGES, Stages
+from steersman.trainer.jobs.store import JobStore
+from steersman.wire.errors import Reason, SteersmanError
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+# The worker before may have recorded its end and not yet be gone; the service may be looking at the lock.
+OWN_PATIENCE_SECONDS: Final = 5.0
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGINT. The stage asks between steps."""
+
+    def __init__(self) -> None:
+        self._set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def __call__(self) -> bool:
+        return self._set
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+
+def main(argv: Sequence[str] | None = None, stages: Stages = STAGES) -> int:
+    """Runs the job of a run folder to its end. Returns 0 if it succeeded or was cancelled."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 1:
+        sys.stderr.write("usage: python -m steersman.trainer.jobs.worker RUN_DIR\n")
+        return EXIT_USAGE
+    stop = StopFlag()
+    serving_logging.configure("worker", os.environ.get("STEERSMAN_LOG_LEVEL", "info"), "text")
+    directory = Path(arguments[0]).resolve()
+    deadline = time.monotonic() + OWN_PATIENCE_SECONDS
+    while True:
+        try:
+            with folder.own(directory):
+                return _run_job(directory, stop, stages)
+        except folder.FolderInUse as error:
+            if time.monotonic() > deadline:
+                logger.error("%s", error)
+                return EXIT_FOLDER_IN_USE
+            time.sleep(0.1)
+
+
+def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
+    job_file = folder.read_job_file(directory)
+    store = JobStore(directory / job_file.database)
+    try:
+        try:
+            job = store.begin(job_file.job_id, process_handle(os.getpid()))
+        except SteersmanError as error:
+            # It was cancelled before this worker was up.
+            logger.warning("not started: %s", error)
+            return EXIT_FAILED
+        logger.info("job begins", extra={"job": job.id, "kind": job.spec.kind, "attempt": job.num_attempts})
+        state, error_text = JobState.CANCELLED, ""
+        if job.state is JobState.RUNNING:
+            state, error_text = _run_stage(directory, job_file, store, stop, stages)
+        if state is JobState.CANCELLED and store.get(job.id).state is not JobState.CANCELLING:
+            state = JobState.FAILED
+            error_text = "the worker was told to stop (SIGTERM) by someone else than CancelJob; resume it to go on"
+        store.move(job.id, state, error=error_text)
+        logger.info("job ends", extra={"job": job.id, "state": state})
+        return EXIT_FAILED if state is JobState.FAILED else 0
+    finally:
+        store.close()
+
+
+def _run_stage(
+    directory: Path, job_file: folder.JobFile, store: JobStore, stop: StopFlag, stages: Stages
+) -> tuple[JobState, str]:
+    """Runs the stage. Returns the state that the job ends in, and why if it failed."""
+    events = EventWriter(store, job_file.job_id)
+    events.on_progress(0, 0, "starting")
+    try:
+        # Imports torch, so not before it is sure that there is work.
+        from steersman.trainer.stages.run import Run
+
+        stage = stages[job_file.spec.kind]
+        config = stage.load_config_class().model_validate(dict(job_file.spec.config))
+        run_stage = stage.load_run()
+        with Run(directory, run_id=job_file.job_id, listener=events, stop_requested=stop) as run:
+            result = run_stage(config, run)
+    except SteersmanError as error:
+        logger.exception("job failed")
+        return JobState.FAILED, _explain(error)
+    except Exception as error:
+        logger.exception("job failed")
+        return JobState.FAILED, f"{type(error).__name__}: {error}"
+    finally:
+        events.close()
+    if stop() and not _finished(result, events):
+        return JobState.CANCELLED, ""
+    folder.write_json(directory / folder.RESULT_FILE, _as_json(result))
+    return JobState.SUCCEEDED, ""
+
+
+def _finished(result: object, events: EventWriter) -> bool:
+    """Whether a stage that was asked to stop had reached its end already."""
+    stopped = getattr(result, "stopped", None)
+    if isinstance(stopped, bool):
+        return not stopped
+    last = events.last_progress
+    return last.total_steps > 0 and last.step >= last.total_steps
+
+
+def _as_json(result: object) -> dict[str, object]:
+    if is_dataclass(result) and not isinstance(result, type):
+        return dict(json.loads(json.dumps(asdict(result), default=str)))
+    return {}
+
+
+def _explain(error: SteersmanError) -> str:
+    if error.reason in (None, Reason.INTERNAL):
+        return str(error)
+    return error.message
+
+
+if __name__ == "__main__":
+    sys.exit(main())
