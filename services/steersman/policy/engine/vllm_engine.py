@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final
 
 from vllm import SamplingParams
@@ -23,6 +23,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
+from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -60,7 +61,7 @@ def start_engine(options: EngineOptions) -> "VllmEngine":
     arguments = AsyncEngineArgs(
         model=str(options.model),
         dtype=options.dtype,  # type: ignore[arg-type]
-        max_model_len=options.max_model_len,
+        max_model_len=options.max_model_len,  # type: ignore[arg-type]
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_memory_bytes=options.kv_cache_bytes,
@@ -97,6 +98,7 @@ class VllmEngine:
         self._version = WeightVersion()
         self._num_activations = 0
         self._session_open = False
+        self._broken = False
 
     @property
     def facts(self) -> ModelFacts:
@@ -113,7 +115,7 @@ class VllmEngine:
         await self._llm.update_weight_version(str(self._version))
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest())
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[SampleDelta]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[SampleDelta, None]:
         """Samples, in the order in which tokens come. Aborts what is unfinished when closed or cancelled."""
         streams = [self._sample(request, index) for index in range(request.num_samples)]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
@@ -124,7 +126,7 @@ class VllmEngine:
             except VllmEngineDeadError as error:
                 raise EngineDeadError("the engine process died") from error
 
-    async def _sample(self, request: GenerationRequest, index: int) -> AsyncIterator[SampleDelta]:
+    async def _sample(self, request: GenerationRequest, index: int) -> AsyncGenerator[SampleDelta, None]:
         arrived = time.monotonic()
         tracker = VersionTracker(self._llm.output_processor, f"{request.request_id}/{index}")
         prompt = tokens_input(list(request.prompt_token_ids), cache_salt=f"{self._num_activations}:{self._version}")
@@ -144,7 +146,7 @@ class VllmEngine:
                 yield SampleDelta(
                     index=index,
                     token_ids=completion.token_ids,
-                    logprobs=completion.logprobs.logprobs if completion.logprobs else (),
+                    logprobs=_logprobs(completion),
                     versions=tracker.advance(len(completion.token_ids), completion.weight_versions),
                     finish_reason=_finish_reason(completion.finish_reason),
                     stop_reason="" if completion.stop_reason is None else str(completion.stop_reason),
@@ -187,8 +189,8 @@ class VllmEngine:
 
     def check_health(self) -> None:
         """Raises `EngineDeadError` when the engine died."""
-        if self._llm.errored:
-            raise EngineDeadError("the engine process died")
+        if self._llm.errored or self._broken:
+            raise EngineDeadError("the engine died")
 
     async def stage(self, weights: HostWeights) -> None:
         """Fills the shadow between decode steps. Without a shadow (GPU) nothing can be prepared."""
@@ -252,7 +254,10 @@ class VllmEngine:
         try:
             with _as_load_error("switch"):
                 if load is not None:
+                    # Fails only halfway through the live weights, which then are of no use.
+                    self._broken = True
                     await load()
+                    self._broken = False
                 self._session_open = False
                 await self._llm.finish_weight_update()
                 await self._llm.update_weight_version(str(version))
@@ -288,6 +293,11 @@ def _read_facts(llm: AsyncLLM, options: EngineOptions) -> ModelFacts:
     )
 
 
+def _logprobs(completion: CompletionOutput) -> Sequence[float]:
+    flat: Any = completion.logprobs
+    return flat.logprobs if flat else ()
+
+
 def _finish_reason(reason: str | None) -> FinishReason | None:
     match reason:
         case None:
@@ -314,16 +324,17 @@ def _groups(slots: Sequence[TensorSlot], max_bytes: int) -> Iterator[list[Tensor
         yield group
 
 
-async def _merge(streams: Sequence[AsyncIterator[SampleDelta]]) -> AsyncIterator[SampleDelta]:
+async def _merge(streams: Sequence[AsyncGenerator[SampleDelta, None]]) -> AsyncGenerator[SampleDelta, None]:
     """The items of all streams as they come. The first error ends it; what is left is cancelled on the way
     out.
     """
     queue: asyncio.Queue[SampleDelta | BaseException | None] = asyncio.Queue(_DELTAS_AHEAD * len(streams))
 
-    async def drain(stream: AsyncIterator[SampleDelta]) -> None:
+    async def drain(stream: AsyncGenerator[SampleDelta, None]) -> None:
         try:
-            async for delta in stream:
-                await queue.put(delta)
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    await queue.put(delta)
         except Exception as error:
             await queue.put(error)
         else:

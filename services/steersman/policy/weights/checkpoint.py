@@ -8,8 +8,9 @@ keeps torch out of this process and knows every dtype, bfloat16 included.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from steersman.policy.weights.manifest import Manifest, TensorSpec
 
@@ -48,7 +49,7 @@ class Checkpoint:
 
     def read_into(self, copy: memoryview) -> None:
         """Fills a host copy of `manifest`. Raises `ValueError` if a file is cut short."""
-        files: dict[Path, BinaryIO] = {}
+        files: dict[Path, BufferedReader] = {}
         try:
             for slot in self.manifest.slots:
                 entry = self._entries[slot.name]

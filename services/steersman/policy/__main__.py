@@ -1,0 +1,10 @@
+"""`python -m steersman.policy --model FOLDER --port PORT`."""
+
+import sys
+
+from steersman.policy.app import build
+from steersman.policy.settings import PolicySettings
+from steersman.serving.app import main
+
+if __name__ == "__main__":
+    sys.exit(main("policy", PolicySettings, build))

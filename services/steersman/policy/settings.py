@@ -1,0 +1,68 @@
+"""Settings of the policy service."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from steersman.policy.engine.options import EngineOptions
+from steersman.policy.engine.port import KvCachePolicy
+from steersman.serving.settings import ServerSettings
+
+
+class PolicySettings(ServerSettings):
+    """Serves a causal language model for sampling, and takes new weights while it serves."""
+
+    model: Path = Field(description="Folder of a Hugging Face checkpoint with safetensors.")
+    served_model_name: str = Field("", description="Name that callers see; empty takes the folder's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Element type to compute in; auto takes the checkpoint's."
+    )
+    max_model_len: int | None = Field(
+        None, ge=2, description="Longest sequence in tokens, prompt and response together; none takes the model's."
+    )
+    max_num_seqs: int = Field(128, ge=1, le=4096, description="Samples that decode together.")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="Tokens of one engine step; none takes vLLM's.")
+    max_queue_samples: int = Field(
+        4096, ge=1, description="Samples running or waiting at once; more are refused with RESOURCE_EXHAUSTED."
+    )
+    kv_cache_mib: int | None = Field(
+        None, ge=1, description="Key-value cache in MiB; none is 1024 on CPU and what is left on a GPU."
+    )
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory to use.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model.")
+    num_threads: int | None = Field(
+        None, ge=1, description="Threads of the engine on CPU; none takes OMP_NUM_THREADS, else every core."
+    )
+    separate_worker: bool = Field(
+        False, description="On CPU, run the model in a process of its own beside the scheduler."
+    )
+    enforce_eager: bool = Field(False, description="On GPU, do without CUDA graphs.")
+    kv_cache_policy: KvCachePolicy = Field(
+        KvCachePolicy.KEEP,
+        description="What running requests do at a change of weights: keep their cache, or recompute it.",
+    )
+    load_chunk_bytes: int = Field(
+        4 * 1024 * 1024, ge=4096, description="Weights moved between two engine steps while new ones are staged."
+    )
+    seed: int = Field(0, ge=0, description="Start of the random numbers for requests without a seed.")
+
+    def engine_options(self, *, on_cpu: bool) -> EngineOptions:
+        """How to start the engine."""
+        kv_cache_mib = self.kv_cache_mib or (1024 if on_cpu else None)
+        return EngineOptions(
+            model=self.model,
+            served_name=self.served_model_name,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            kv_cache_bytes=kv_cache_mib * 2**20 if kv_cache_mib else None,
+            gpu_memory_fraction=self.gpu_memory_fraction,
+            tensor_parallel_size=self.tensor_parallel_size,
+            num_threads=self.num_threads,
+            separate_worker=self.separate_worker,
+            enforce_eager=self.enforce_eager,
+            load_chunk_bytes=self.load_chunk_bytes,
+            seed=self.seed,
+        )

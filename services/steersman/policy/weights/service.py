@@ -1,0 +1,166 @@
+"""WeightService: converts, calls the store, converts."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from steersman.policy.engine.port import KvCachePolicy
+from steersman.policy.metrics import PolicyMetrics
+from steersman.policy.weights.manifest import Manifest, TensorSpec
+from steersman.policy.weights.push import Chunk
+from steersman.policy.weights.store import DEFAULT_IDLE_TIMEOUT_S, BeginRequest, Snapshot, WeightStore
+from steersman.v1 import weights_pb2, weights_pb2_grpc
+from steersman.wire.convert import version_from_proto, version_to_proto
+from steersman.wire.errors import invalid_field
+from steersman.wire.limits import WEIGHT_CHUNK_BYTES
+from steersman.wire.tensors import dtype_from_name, dtype_name
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_KV_POLICIES: Final = {
+    weights_pb2.KV_CACHE_POLICY_KEEP: KvCachePolicy.KEEP,
+    weights_pb2.KV_CACHE_POLICY_RECOMPUTE: KvCachePolicy.RECOMPUTE,
+}
+
+
+class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
+    """The weight plane of one replica."""
+
+    def __init__(self, store: WeightStore, metrics: PolicyMetrics) -> None:
+        self._store = store
+        self._metrics = metrics
+
+    async def GetWeightState(  # noqa: N802
+        self, request: weights_pb2.GetWeightStateRequest, context: Context
+    ) -> weights_pb2.GetWeightStateResponse:
+        """Active, staged and previous weights, and the push under way."""
+        store = self._store
+        return weights_pb2.GetWeightStateResponse(
+            active=_snapshot(store.active),
+            staged=_snapshot(store.staged),
+            previous=_snapshot(store.previous),
+            pushing=version_to_proto(store.pushing) if store.pushing else None,
+            manifest=_manifest(store.manifest) if request.include_manifest else None,
+            total_bytes=store.manifest.total_bytes,
+        )
+
+    async def BeginPush(  # noqa: N802
+        self, request: weights_pb2.BeginPushRequest, context: Context
+    ) -> weights_pb2.BeginPushResponse:
+        """Opens a push."""
+        push_id = await self._store.begin(_begin_request(request))
+        return weights_pb2.BeginPushResponse(
+            push_id=push_id or "", max_chunk_bytes=WEIGHT_CHUNK_BYTES, already_active=push_id is None
+        )
+
+    async def PushChunks(  # noqa: N802
+        self, request_iterator: AsyncIterator[weights_pb2.PushChunksRequest], context: Context
+    ) -> weights_pb2.PushChunksResponse:
+        """Takes one stream of chunks."""
+        push_id, num_bytes, num_chunks = "", 0, 0
+        async for request in request_iterator:
+            push_id = push_id or request.push_id
+            if request.push_id and request.push_id != push_id:
+                raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
+            if request.HasField("chunk"):
+                self._store.write(push_id, _chunk(request.chunk))
+                num_bytes += len(request.chunk.data)
+                num_chunks += 1
+        self._metrics.received(num_bytes)
+        return weights_pb2.PushChunksResponse(received_bytes=num_bytes, num_chunks=num_chunks)
+
+    async def Stage(  # noqa: N802
+        self, request: weights_pb2.StageRequest, context: Context
+    ) -> weights_pb2.StageResponse:
+        """Verifies and prepares a push."""
+        staged = await self._store.stage(request.push_id, request.digest)
+        return weights_pb2.StageResponse(staged=_snapshot(staged))
+
+    async def Activate(  # noqa: N802
+        self, request: weights_pb2.ActivateRequest, context: Context
+    ) -> weights_pb2.ActivateResponse:
+        """Switches to the staged weights."""
+        switch = await self._store.activate(
+            version_from_proto(request.version), _KV_POLICIES.get(request.kv_cache_policy)
+        )
+        self._metrics.switched(switch)
+        return weights_pb2.ActivateResponse(
+            active=_snapshot(switch.active),
+            pause=_duration(switch.pause_s),
+            num_running_requests=switch.num_running_requests,
+        )
+
+    async def Rollback(  # noqa: N802
+        self, request: weights_pb2.RollbackRequest, context: Context
+    ) -> weights_pb2.RollbackResponse:
+        """Switches to the weights before."""
+        switch = await self._store.rollback(
+            version_from_proto(request.version), _KV_POLICIES.get(request.kv_cache_policy)
+        )
+        self._metrics.switched(switch)
+        return weights_pb2.RollbackResponse(active=_snapshot(switch.active), pause=_duration(switch.pause_s))
+
+    async def AbortPush(  # noqa: N802
+        self, request: weights_pb2.AbortPushRequest, context: Context
+    ) -> weights_pb2.AbortPushResponse:
+        """Gives up a push."""
+        await self._store.abort(request.push_id)
+        return weights_pb2.AbortPushResponse()
+
+
+def _begin_request(request: weights_pb2.BeginPushRequest) -> BeginRequest:
+    has_timeout = request.HasField("idle_timeout")
+    return BeginRequest(
+        version=version_from_proto(request.version),
+        tensors=[
+            TensorSpec(name=tensor.name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
+            for tensor in request.manifest.tensors
+        ],
+        base_version=version_from_proto(request.base_version) if request.HasField("base_version") else None,
+        partial=request.partial,
+        idle_timeout_s=(request.idle_timeout.ToTimedelta().total_seconds() if has_timeout else DEFAULT_IDLE_TIMEOUT_S),
+    )
+
+
+def _chunk(chunk: weights_pb2.WeightChunk) -> Chunk:
+    return Chunk(
+        tensor_index=chunk.tensor_index,
+        element_offset=chunk.element_offset,
+        num_elements=chunk.num_elements,
+        data=chunk.data,
+        checksum=chunk.checksum,
+        is_dense=chunk.encoding == weights_pb2.WEIGHT_ENCODING_DENSE,
+    )
+
+
+def _manifest(manifest: Manifest) -> weights_pb2.WeightManifest:
+    return weights_pb2.WeightManifest(
+        tensors=[
+            weights_pb2.TensorSpec(name=tensor.name, shape=tensor.shape, dtype=dtype_from_name(tensor.dtype))
+            for tensor in manifest.tensors
+        ]
+    )
+
+
+def _snapshot(snapshot: Snapshot | None) -> weights_pb2.WeightSnapshot | None:
+    if snapshot is None:
+        return None
+    message = weights_pb2.WeightSnapshot(version=version_to_proto(snapshot.version), digest=snapshot.digest)
+    if snapshot.activated_at is not None:
+        message.activate_time.CopyFrom(_timestamp(snapshot.activated_at))
+    return message
+
+
+def _timestamp(seconds: float) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromNanoseconds(round(seconds * 1e9))
+    return timestamp
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
