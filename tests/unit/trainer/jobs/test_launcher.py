@@ -1,5 +1,6 @@
 """Local workers: known by id and start time, killed with their children, their end described."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -16,8 +17,6 @@ SLEEPER = (sys.executable, "-c", "import sys, time; print('up', sys.argv[1], flu
 
 
 async def until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
-    import asyncio
-
     async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.01)
@@ -47,7 +46,7 @@ async def test_a_zombie_is_dead_for_a_service_that_did_not_start_it(tmp_path: Pa
     first = LocalLauncher((sys.executable, "-c", "raise SystemExit(3)"))
     handle = await first.launch(tmp_path, JobResources())
     pid = json.loads(handle)["pid"]
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert not (await LocalLauncher().status(handle)).alive
     assert (await first.status(handle)).ending == "exited with status 3"
 
