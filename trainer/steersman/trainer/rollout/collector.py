@@ -1,0 +1,269 @@
+"""From prompts to whole samples.
+
+Invariants:
+
+- Each sample of each prompt ends in exactly one place: once in `RolloutBatch.rollouts` with response, score
+  and reference log-probs, or once in `RolloutBatch.drops` with the reason. None is lost, none is doubled,
+  none gets a made-up score.
+- A completion goes to reward and reference the moment it ends, while its siblings are still being drawn.
+- A completion is kept only if the weights that drew it may be trained on (`VersionGate.accepts`) and the
+  engine did not cut it off; else it is drawn again, and counted.
+- A failing replica costs only the samples that it had not finished.
+"""
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, cast
+
+from steersman.client.types import Sample
+from steersman.trainer.retry import Backoff, GaveUp, Sleep, Waits, is_transient
+from steersman.trainer.rollout.coalesce import Coalescer
+from steersman.trainer.rollout.ports import PolicyPort, ReferencePort, RewardPort, VersionGate
+from steersman.trainer.rollout.replicas import Replica, ReplicaPool
+from steersman.trainer.rollout.types import (
+    Completion,
+    Drop,
+    FinishReason,
+    FloatArray,
+    Prompt,
+    Rollout,
+    RolloutBatch,
+    SamplingSettings,
+)
+from steersman.wire.errors import SteersmanError
+
+_log = logging.getLogger(__name__)
+Key = tuple[int, int]
+_OTHER_WEIGHTS: Final = "weights that may not be trained on drew it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectorSettings:
+    """How a batch is collected.
+
+    Attributes:
+        sampling: how responses are drawn.
+        backoff: for all services.
+        max_in_flight: samples at one replica at once.
+        call_items: largest call to reward and reference; call_concurrency: calls to each at once.
+        item_attempts: tries of an item that reward or reference failed by itself.
+        draw_attempts: draws of a sample that came back cut off or from other weights, before it is dropped.
+    """
+
+    sampling: SamplingSettings
+    backoff: Backoff = field(default_factory=Backoff)
+    max_in_flight: int = 256
+    call_items: int = 32
+    call_concurrency: int = 2
+    item_attempts: int = 3
+    draw_attempts: int = 20
+
+
+class Collector:
+    """Collects batches; several may be under way at once. Lives on one event loop; `close` ends its tasks."""
+
+    def __init__(
+        self,
+        policies: Sequence[PolicyPort],
+        reward: RewardPort,
+        reference: ReferencePort,
+        gate: VersionGate,
+        *,
+        settings: CollectorSettings,
+        waits: Waits | None = None,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.waits = waits if waits is not None else Waits()
+        self._settings = settings
+        self._gate = gate
+        self._sleep = sleep
+        self._pool = ReplicaPool(
+            policies,
+            gate,
+            backoff=settings.backoff,
+            waits=self.waits,
+            max_in_flight=settings.max_in_flight,
+            sleep=sleep,
+        )
+        temperature = settings.sampling.temperature
+        self._scores: Coalescer[Completion, float] = Coalescer(
+            reward.scores,
+            what=f"reward at {reward.target}",
+            backoff=settings.backoff,
+            waits=self.waits,
+            max_items=settings.call_items,
+            max_calls=settings.call_concurrency,
+            item_attempts=settings.item_attempts,
+            sleep=sleep,
+        )
+        self._references: Coalescer[Completion, FloatArray] = Coalescer(
+            lambda completions: reference.logprobs(completions, temperature),
+            what=f"reference at {reference.target}",
+            backoff=settings.backoff,
+            waits=self.waits,
+            max_items=settings.call_items,
+            max_calls=settings.call_concurrency,
+            item_attempts=settings.item_attempts,
+            sleep=sleep,
+        )
+
+    async def collect(self, prompts: Sequence[Prompt]) -> RolloutBatch:
+        """All samples of `prompts`, whole or dropped. Raises GaveUp if a service stayed away for longer than
+        the settings allow.
+        """
+        batch = _Ledger(prompts, self._settings.sampling.num_samples)
+        started = self.waits.clock()
+        self._pool.check_all()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for prompt in prompts:
+                    group.create_task(self._draw(prompt, batch, group))
+        except* GaveUp as failures:
+            # One is enough: the others wait for the same service.
+            raise failures.exceptions[0] from None
+        return batch.close(self.waits.clock() - started)
+
+    async def close(self) -> None:
+        """Ends everything under way."""
+        await self._pool.close()
+        await self._scores.close()
+        await self._references.close()
+
+    async def _draw(self, prompt: Prompt, batch: "_Ledger", group: asyncio.TaskGroup) -> None:
+        """Draws the samples of one prompt, from as many replicas as it takes."""
+        missing = list(range(self._settings.sampling.num_samples))
+        num_unusable: Counter[int] = Counter()
+        failing_since: float | None = None
+        attempt = 0
+        while missing:
+            num_before = len(missing)
+            async with self._pool.lease(len(missing)) as (replica, epoch):
+                unusable: list[int] = []
+                try:
+                    async for slot, sample in self._samples(replica, prompt, list(missing)):
+                        if problem := self._problem(sample):
+                            _log.warning("%s: drawing a sample again: %s", replica.port.target, problem)
+                            unusable.append(slot)
+                            if problem is _OTHER_WEIGHTS:
+                                self._pool.failed(replica, epoch)
+                            continue
+                        missing.remove(slot)
+                        group.create_task(self._complete(_completion(prompt, slot, sample), batch))
+                except SteersmanError as error:
+                    if not is_transient(error):
+                        for slot in missing:
+                            batch.drop((prompt.index, slot), f"policy: {error}")
+                        return
+                    _log.warning("policy at %s failed, what it owes is drawn again: %s", replica.port.target, error)
+                    self._pool.failed(replica, epoch)
+                    now = self.waits.clock()
+                    failing_since = now if failing_since is None or len(missing) < num_before else
+                    failing_since if now - failing_since >= self._settings.backoff.give_up_seconds: raise
+                    GaveUp(f"policy failed for {now - failing_since:.0f} s: {error}") from error
+            batch.num_resent += len(missing)
+            num_unusable.update(unusable)
+            for slot in [slot for slot in missing if num_unusable[slot] >= self._settings.draw_attempts]:
+                missing.remove(slot)
+                batch.drop((prompt.index, slot), f"policy: no usable sample in {num_unusable[slot]} draws")
+            if missing:
+                await self._sleep(self._settings.backoff.delay(attempt))
+                attempt += 1
+
+    async def _samples(
+        self, replica: Replica, prompt: Prompt, slots: Sequence[int]
+    ) -> AsyncIterator[tuple[int, Sample]]:
+        """Samples from one replica with the slot that each fills, as they end."""
+        sampling = replace(self._settings.sampling, num_samples=len(slots))
+        samples = replica.port.samples(prompt, sampling)
+        try:
+            async for sample in samples:
+                yield slots[sample.index], sample
+        finally:
+            await samples.aclose()
+
+    async def _complete(self, completion: Completion, batch: "_Ledger") -> None:
+        """Has one completion scored by both services at once."""
+        key = (completion.prompt.index, completion.sample)
+        score, ref_logprobs = await asyncio.gather(
+            self._scores.submit(completion), self._references.submit(completion), return_exceptions=True
+        )
+        for service, answer in (("reward", score), ("reference", ref_logprobs)):
+            if isinstance(answer, SteersmanError):
+                batch.drop(key, f"{service}: {answer}")
+                return
+            if isinstance(answer, BaseException):
+                raise answer
+        score, ref_logprobs = cast(float, score), cast(FloatArray, ref_logprobs)
+        if not math.isfinite(score):
+            batch.drop(key, f"reward: the score is {score}, must be finite")
+            return
+        if len(ref_logprobs) != len(completion.response_ids):
+            batch.drop(key, f"reference: {len(ref_logprobs)} log-probs came for {len(completion.response_ids)} tokens")
+            return
+        batch.add(
+            Rollout(
+                prompt=completion.prompt,
+                sample=completion.sample,
+                response_ids=completion.response_ids,
+                behaviour_logprobs=completion.behaviour_logprobs,
+                ref_logprobs=ref_logprobs,
+                weight_versions=completion.weight_versions,
+                score=score,
+                finish_reason=completion.finish_reason,
+            )
+        )
+
+    def _problem(self, sample: Sample) -> str:
+        """Why a sample cannot be used and must be drawn again; empty if it can."""
+        if sample.finish_reason is FinishReason.ABORTED:
+            return "the engine gave it up"
+        if not len(sample.token_ids) or len(sample.token_ids) != len(sample.logprobs):
+            return f"{len(sample.token_ids)} tokens with {len(sample.logprobs)} log-probs"
+        spans = sample.weight_versions
+        for version in [span.version for span in spans] or ([sample.model.weight_version] if sample.model else
+        []): if not self._gate.accepts(version.run_id, version.step): return _OTHER_WEIGHTS return ""
+
+
+def _completion(prompt: Prompt, slot: int, sample: Sample) -> Completion:
+    return Completion(
+        prompt=prompt,
+        sample=slot,
+        response_ids=sample.token_ids,
+        behaviour_logprobs=sample.logprobs,
+        weight_versions=sample.weight_versions,
+        finish_reason=sample.finish_reason,
+    )
+
+
+class _Ledger:
+    """Where each sample of a batch ended. Refuses a second entry, and a close before the last."""
+
+    def __init__(self, prompts: Sequence[Prompt], num_samples: int) -> None:
+        self._open = {(prompt.index, slot) for prompt in prompts for slot in range(num_samples)}
+        if len(self._open) != len(prompts) * num_samples:
+            raise ValueError("prompts share an index, each must have its own")
+        self._rollouts: list[Rollout] = []
+        self._drops: list[Drop] = []
+        self.num_resent = 0
+
+    def add(self, rollout: Rollout) -> None:
+        self._open.remove(rollout.key)
+        self._rollouts.append(rollout)
+
+    def drop(self, key: Key, reason: str) -> None:
+        self._open.remove(key)
+        _log.warning("dropping sample %s: %s", key, reason)
+        self._drops.append(Drop(key=key, reason=reason))
+
+    def close(self, seconds: float) -> RolloutBatch:
+        assert not self._open, f"samples without an end: {sorted(self._open)}"
+        return RolloutBatch(
+            rollouts=tuple(sorted(self._rollouts, key=lambda rollout: rollout.key)),
+            drops=tuple(sorted(self._drops, key=lambda drop: drop.key)),
+            num_resent=self.num_resent,
+            seconds=seconds,
+        )

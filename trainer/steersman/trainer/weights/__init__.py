@@ -1,0 +1,5 @@
+"""Weights on their way to the policy replicas.
+
+`image` is an immutable copy of the weights of one version and knows how they are cut into chunks and hashed;
+`publisher` drives every replica to the wanted version, one transaction each.
+"""

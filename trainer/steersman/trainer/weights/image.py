@@ -1,0 +1,101 @@
+"""The weights of one version, as they travel.
+
+The trainer goes on changing its parameters while a replica that was away still needs the version before: so
+an image is a copy, made once an update. A replica says in its manifest which tensors it wants, in which
+layout and element type; one image serves replicas of different types.
+
+    >>> image = WeightImage.of(model, WeightVersion(run_id="demo.1", step=3))
+    >>> image.digest(manifest)                       # 16 bytes, XXH3-128
+    >>> for chunk in image.chunks(manifest, max_bytes=2**20): ...
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from steersman.client.types import TensorSpec, WeightChunk
+from steersman.wire.identity import WeightVersion
+
+Manifest = tuple[TensorSpec, ...]
+
+
+class WeightImage:
+    """Weights by Hugging Face name, on the CPU, never changed. Safe to read from several threads."""
+
+    def __init__(self, version: WeightVersion, tensors: Mapping[str, Tensor]) -> None:
+        self.version = version
+        self._tensors = dict(tensors)
+        self._digests: dict[Manifest, bytes] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, model: nn.Module, version: WeightVersion) -> "WeightImage":
+        """A copy of the model's parameters and persistent buffers. A tied tensor is copied once and known by
+        all its names.
+        """
+        copies: dict[int, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = copies[id(tensor)]
+        return cls(version, tensors)
+
+    def check(self, manifest: Sequence[TensorSpec]) -> None:
+        """ValueError, naming the tensor, unless the manifest asks for every weight once and for nothing else."""
+        asked = {spec.name: spec for spec in manifest}
+        for spec in manifest:
+            tensor = self._tensors.get(spec.name)
+            if tensor is None:
+                raise ValueError(f"the replica serves {spec.name!r}, which the trained model does not have")
+            if tuple(tensor.shape) != spec.shape:
+                raise ValueError(f"{spec.name!r} has shape {spec.shape} at the replica and {tuple(tensor.shape)} here")
+        covered = {id(self._tensors[name]) for name in asked}
+        for name, tensor in self._tensors.items():
+            if id(tensor) not in covered:
+                raise ValueError(f"the trained model has {name!r}, which the replica does not serve")
+
+    def digest(self, manifest: Sequence[TensorSpec]) -> bytes:
+        """XXH3-128 of all weights as `manifest` lays them out (see WeightSnapshot.digest of the protocol).
+        Remembered.
+        """
+        key = tuple(manifest)
+        with self._lock:
+            if key not in self._digests:
+                state = xxhash.xxh3_128()
+                for spec in manifest:
+                    state.update(spec.name.encode() + b"\0")
+                    for part in _parts(self._tensors[spec.name], spec, 1 << 24):
+                        state.update(_bytes(part))
+                self._digests[key] = state.digest()
+            return self._digests[key]
+
+    def chunks(self, manifest: Sequence[TensorSpec], *, max_bytes: int) -> Iterator[WeightChunk]:
+        """The weights as dense chunks of at most `max_bytes`, each converted only when it is asked for."""
+        for index, spec in enumerate(manifest):
+            offset = 0
+            for part in _parts(self._tensors[spec.name], spec, max_bytes):
+                data = _bytes(part)
+                yield WeightChunk(
+                    tensor_index=index,
+                    element_offset=offset,
+                    num_elements=len(part),
+                    data=data,
+                    checksum=xxhash.xxh3_64_intdigest(data),
+                )
+                offset += len(part)
+
+
+def _parts(tensor: Tensor, spec: TensorSpec, max_bytes: int) -> Iterator[Tensor]:
+    dtype = getattr(torch, spec.dtype)
+    step = max(1, max_bytes // dtype.itemsize)
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), step):
+        yield flat[start : start + step].to(dtype)
+
+
+def _bytes(part: Tensor) -> bytes:
+    return part.contiguous().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,304 @@
+"""Drives every policy replica to the wanted weights.
+
+Invariants:
+
+- The wanted version only moves forward, and a version names one set of weights for ever. A trainer that
+  resumes from step k makes step k + 1 again, with other weights: so the run id that travels holds the number
+  of the attempt ("demo.2"), which is counted up on disk before the first push (see `next_attempt`).
+- At most one push of ours is under way at a replica.
+- A replica that fails does not hold up the others: it stays behind, and `ensure_current` repairs it before it
+  gets prompts.
+- The event loop never waits for conversion or hashing: threads do that.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Final, Protocol
+
+from steersman.client.types import (
+    Activation,
+    KvCachePolicy,
+    Push,
+    PushReceipt,
+    WeightChunk,
+    WeightSnapshot,
+    WeightState,
+)
+from steersman.client.types import TensorSpec as TensorSpec
+from steersman.trainer.retry import Backoff, Sleep, Waits, is_transient
+from steersman.trainer.weights.image import Manifest, WeightImage
+from steersman.wire.errors import Reason, SteersmanError
+from steersman.wire.identity import WeightVersion
+from steersman.wire.limits import WEIGHT_CHUNK_BYTES
+
+_log = logging.getLogger(__name__)
+
+ATTEMPT_FILE: Final = "attempt.json"
+# Converted ahead of the stream: enough to keep it busy while a thread makes the next, small beside any model.
+_CHUNKS_AHEAD: Final = 4
+# Not mended by sending the same weights again.
+_REFUSALS: Final = frozenset(
+    {
+        Reason.WEIGHT_VERSION_STALE,
+        Reason.WEIGHT_MANIFEST_MISMATCH,
+        Reason.INVALID_FIELD,
+        Reason.UNIMPLEMENTED,
+        Reason.UNAUTHENTICATED,
+        Reason.PERMISSION_DENIED,
+    }
+)
+
+
+class WeightPort(Protocol):
+    """The weight service of one replica; `steersman.client.AsyncWeightClient` is one."""
+
+    target: str
+
+    async def state(self, *, include_manifest: bool = False, timeout: float | None = 30.0) -> WeightState:
+        """What the replica serves."""
+        ...
+
+    async def begin(
+        self, version: WeightVersion, manifest: Sequence[TensorSpec], *, idle_timeout_seconds: float = 60.0
+    ) -> Push:
+        """Opens a push."""
+        ...
+
+    def push(self, push_id: str, chunks: AsyncIterator[WeightChunk]) -> Awaitable[PushReceipt]:
+        """Sends chunks."""
+        ...
+
+    async def stage(self, push_id: str, digest: bytes) -> WeightSnapshot:
+        """Verifies what was sent."""
+        ...
+
+    async def activate(self, version: WeightVersion, *, kv_cache: KvCachePolicy = ...) -> Activation:
+        """Switches."""
+        ...
+
+    async def abort(self, push_id: str) -> None:
+        """Gives up a push."""
+        ...
+
+
+class WeightsRefused(Exception):
+    """A replica will never take these weights: another model, or a version that it had already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishReport:
+    """What a publication did.
+
+    Attributes:
+        seconds: until the last replica was done or had failed.
+        pushed_bytes: over all replicas.
+        pause_seconds: the longest time that generation stood still at one replica.
+        failures: why, by address, for replicas that stayed behind.
+    """
+
+    seconds: float
+    pushed_bytes: int = 0
+    pause_seconds: float = 0.0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class _Replica:
+    port: WeightPort
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    pushed_bytes: int = 0
+    pause_seconds: float = 0.0
+
+
+class Publisher:
+    """Publishes weights under `run_id` to a fixed list of replicas. Lives on one event loop.
+
+    Args:
+        ports: the weight services, in the order in which the rollouts number the replicas.
+        run_id: of this attempt; unique for every start of a trainer.
+        max_staleness: tokens drawn by weights of so many steps ago may still be trained on.
+        push_attempts: tries of one push within `publish`.
+    """
+
+    def __init__(
+        self,
+        ports: Sequence[WeightPort],
+        *,
+        run_id: str,
+        max_staleness: int = 0,
+        push_attempts: int = 3,
+        backoff: Backoff | None = None,
+        waits: Waits | None = None,
+        kv_cache: KvCachePolicy = KvCachePolicy.SERVER_DEFAULT,
+        sleep: Sleep = asyncio.sleep,
+    ) -> None:
+        self.run_id = run_id
+        self.max_staleness = max_staleness
+        self._replicas = [_Replica(port=port) for port in ports]
+        self._push_attempts = push_attempts
+        self._backoff = backoff or Backoff()
+        self._waits = waits or Waits()
+        self._kv_cache = kv_cache
+        self._sleep = sleep
+        self._image: WeightImage | None = None
+
+    @property
+    def wanted(self) -> WeightVersion | None:
+        """The version that every replica should serve; None before the first publication."""
+        return self._image.version if self._image is not None else None
+
+    def accepts(self, run_id: str, step: int) -> bool:
+        """True if tokens of these weights may be trained on: made by this attempt, and not too old."""
+        wanted = self.wanted
+        return (
+            wanted is not None and run_id == wanted.run_id and wanted.step - self.max_staleness <= step <= wanted.step
+        )
+
+    async def publish(self, image: WeightImage) -> PublishReport:
+        """Makes `image` the wanted weights and pushes it to all replicas at once.
+
+        A replica that cannot be reached or breaks off is in the report; WeightsRefused if one refuses for
+        good. ValueError if the version is not of this attempt or not newer than the wanted one.
+        """
+        if image.version.run_id != self.run_id or (self.wanted is not None and image.version <= self.wanted):
+            raise ValueError(f"version is {image.version}, must be of run {self.run_id} and after {self.wanted}")
+        started = time.monotonic()
+        self._image = image
+        for replica in self._replicas:
+            replica.pushed_bytes, replica.pause_seconds = 0, 0.0
+        results = await asyncio.gather(
+            *(self._push_patiently(number) for number in range(len(self._replicas))), return_exceptions=True
+        )
+        failures: dict[str, str] = {}
+        for replica, result in zip(self._replicas, results, strict=True):
+            if isinstance(result, SteersmanError):
+                failures[replica.port.target] = str(result)
+                _log.warning("weights %s did not reach %s yet: %s", image.version, replica.port.target, result)
+            elif isinstance(result, BaseException):
+                raise result
+        return PublishReport(
+            seconds=time.monotonic() - started,
+            pushed_bytes=sum(replica.pushed_bytes for replica in self._replicas),
+            pause_seconds=max((replica.pause_seconds for replica in self._replicas), default=0.0),
+            failures=failures,
+        )
+
+    async def ensure_current(self, number: int) -> None:
+        """Returns once replica `number` serves the wanted weights, pushing them if it does not.
+
+        Raises the SteersmanError of a try that failed, WeightsRefused if there is no use in another.
+        """
+        replica = self._replicas[number]
+        async with replica.lock:
+            image = self._image
+            if image is None:
+                raise RuntimeError("nothing was published yet: publish the first weights before asking for rollouts")
+            try:
+                await self._drive(replica, image)
+            except SteersmanError as error:
+                if error.reason in _REFUSALS:
+                    raise WeightsRefused(f"{replica.port.target} refuses {image.version}: {error}") from error
+                raise
+
+    async def reconcile(self) -> PublishReport:
+        """Brings every replica to the wanted weights once more; the report names those that stayed behind."""
+        started = time.monotonic()
+        results = await asyncio.gather(
+            *(self.ensure_current(number) for number in range(len(self._replicas))), return_exceptions=True
+        )
+        failures: dict[str, str] = {}
+        for replica, result in zip(self._replicas, results, strict=True):
+            if isinstance(result, SteersmanError):
+                failures[replica.port.target] = str(result)
+            elif isinstance(result, BaseException):
+                raise result
+        return PublishReport(seconds=time.monotonic() - started, failures=failures)
+
+    async def _push_patiently(self, number: int) -> None:
+        for attempt in range(self._push_attempts):
+            try:
+                return await self.ensure_current(number)
+            except SteersmanError as error:
+                if attempt + 1 == self._push_attempts:
+                    raise
+                what = f"weights to {self._replicas[number].port.target}"
+                with self._waits.waiting(what):
+                    await self._sleep(max(self._backoff.delay(attempt), error.retry_after_seconds or 0.0))
+        return None
+
+    async def _drive(self, replica: _Replica, image: WeightImage) -> None:
+        """One look at the replica, and one push if it needs one."""
+        port = replica.port
+        state = await port.state(include_manifest=True)
+        if state.active.version == image.version:
+            return
+        try:
+            image.check(state.manifest)
+        except ValueError as error:
+            raise WeightsRefused(f"{port.target} serves another model: {error}") from error
+        digest = await asyncio.to_thread(image.digest, state.manifest)
+        staged = state.staged
+        if staged is None or staged.version != image.version or staged.digest != digest:
+            push = await port.begin(image.version, state.manifest)
+            if push.already_active:
+                return
+            await self._transfer(replica, image, state.manifest, digest, push)
+        activation = await port.activate(image.version, kv_cache=self._kv_cache)
+        replica.pause_seconds = max(replica.pause_seconds, activation.pause_seconds)
+
+    async def _transfer(
+        self, replica: _Replica, image: WeightImage, manifest: Manifest, digest: bytes, push: Push
+    ) -> None:
+        port = replica.port
+        max_bytes = min(push.max_chunk_bytes or WEIGHT_CHUNK_BYTES, WEIGHT_CHUNK_BYTES)
+        try:
+            receipt = await port.push(push.push_id, _converted(image, manifest, max_bytes))
+            replica.pushed_bytes += receipt.received_bytes
+            await port.stage(push.push_id, digest)
+        except BaseException as error:
+            # Else the half push would hold the replica until its idle timeout.
+            if not isinstance(error, SteersmanError) or not is_transient(error):
+                await _abort_quietly(port, push.push_id)
+            raise
+
+
+async def _converted(image: WeightImage, manifest: Manifest, max_bytes: int) -> AsyncIterator[WeightChunk]:
+    chunks = image.chunks(manifest, max_bytes=max_bytes)
+    while ready := await asyncio.to_thread(lambda: list(islice(chunks, _CHUNKS_AHEAD))):
+        for chunk in ready:
+            yield chunk
+
+
+async def _abort_quietly(port: WeightPort, push_id: str) -> None:
+    try:
+        await asyncio.wait_for(asyncio.shield(port.abort(push_id)), 5.0)
+    except (SteersmanError, TimeoutError) as error:
+        _log.info("push %s at %s was not aborted, it will time out there: %s", push_id, port.target, error)
+
+
+def next_attempt(directory: Path) -> int:
+    """The number of this start of the run in `directory`, 1 for the first; on disk before it returns.
+
+    Counted even if the start fails at once: a number is never used twice, whatever is killed when.
+    """
+    path = directory / ATTEMPT_FILE
+    attempt = int(json.loads(path.read_text(encoding="utf-8"))["attempt"]) + 1 if path.exists() else 1
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"attempt": attempt}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return attempt
