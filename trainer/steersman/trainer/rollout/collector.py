@@ -161,9 +161,11 @@ class Collector:
                     _log.warning("policy at %s failed, what it owes is drawn again: %s", replica.port.target, error)
                     self._pool.failed(replica, epoch)
                     now = self.waits.clock()
-                    failing_since = now if failing_since is None or len(missing) < num_before else
-                    failing_since if now - failing_since >= self._settings.backoff.give_up_seconds: raise
-                    GaveUp(f"policy failed for {now - failing_since:.0f} s: {error}") from error
+                    if failing_since is None or len(missing) < num_before:
+                        failing_since = now
+                    if now - failing_since >= self._settings.backoff.give_up_seconds:
+                        message = f"policy failed for {now - failing_since:.0f} s: {error}"
+                        raise GaveUp(message) from error
             batch.num_resent += len(missing)
             num_unusable.update(unusable)
             for slot in [slot for slot in missing if num_unusable[slot] >= self._settings.draw_attempts]:
@@ -223,9 +225,12 @@ class Collector:
             return "the engine gave it up"
         if not len(sample.token_ids) or len(sample.token_ids) != len(sample.logprobs):
             return f"{len(sample.token_ids)} tokens with {len(sample.logprobs)} log-probs"
-        spans = sample.weight_versions
-        for version in [span.version for span in spans] or ([sample.model.weight_version] if sample.model else
-        []): if not self._gate.accepts(version.run_id, version.step): return _OTHER_WEIGHTS return ""
+        versions = [span.version for span in sample.weight_versions]
+        if not versions and sample.model is not None:
+            versions = [sample.model.weight_version]
+        if not all(self._gate.accepts(version.run_id, version.step) for version in versions):
+            return _OTHER_WEIGHTS
+        return ""
 
 
 def _completion(prompt: Prompt, slot: int, sample: Sample) -> Completion:

@@ -3,8 +3,7 @@
 Invariants:
 
 - A replica gets prompts only after `VersionGate.ensure_current` returned for it, and not again after a
-  failure until it returned
-  anew: what comes back from a restart gets the current weights first.
+  failure until it returned anew: what comes back from a restart gets the current weights first.
 - Among the replicas that may be used, the one with the fewest samples in flight gets the next prompt.
 - While no replica can be used callers wait, and every replica is tried again with backoff; after
   `give_up_seconds` without any, they get GaveUp.
