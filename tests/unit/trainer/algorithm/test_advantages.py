@@ -33,9 +33,7 @@ def batches(draw):
 @given(batches(), st.sampled_from([0.0, 0.9, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
 def test_gae_equals_the_slow_sum(batch, gamma, lam):
     rewards, values, mask = batch
-    advantages, returns = gae(
-        torch.tensor(rewards), torch.tensor(values), torch.tensor(mask), gamma=gamma, lam=lam
-    )
+    advantages, returns = gae(torch.tensor(rewards), torch.tensor(values), torch.tensor(mask), gamma=gamma, lam=lam)
     expected = torch.tensor(slow_gae(rewards, values, mask, gamma, lam))
     torch.testing.assert_close(advantages, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
@@ -107,9 +105,7 @@ def test_leave_one_out_equals_the_slow_form():
     scores = [[1.0, 2.0, 4.0], [0.0, -1.0, 7.0]]
     got = leave_one_out(torch.tensor(scores))
     for row, out in zip(scores, got.tolist(), strict=True):
-        expected = [
-            s - sum(o for j, o in enumerate(row) if j != i) / (len(row) - 1) for i, s in enumerate(row)
-        ]
+        expected = [s - sum(o for j, o in enumerate(row) if j != i) / (len(row) - 1) for i, s in enumerate(row)]
         assert out == pytest.approx(expected, abs=1e-6)
 
 

@@ -35,9 +35,7 @@ def test_on_policy_gradient_of_k2_is_that_of_the_reverse_kl_and_of_k1_is_zero():
     log_p = torch.log_softmax(logits, 0)
     exact = torch.autograd.grad((log_p.exp() * (log_p - q.log())).sum(), logits, retain_graph=True)[0]
     sampled = log_p.exp().detach()
-    k2 = torch.autograd.grad((sampled * kl_estimate(log_p, q.log(), "k2")).sum(), logits, retain_graph=True)[
-        0
-    ]
+    k2 = torch.autograd.grad((sampled * kl_estimate(log_p, q.log(), "k2")).sum(), logits, retain_graph=True)[0]
     k1 = torch.autograd.grad((sampled * kl_estimate(log_p, q.log(), "k1")).sum(), logits)[0]
     torch.testing.assert_close(k2, exact)
     torch.testing.assert_close(k1, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)

@@ -41,9 +41,7 @@ def test_both_forms_agree_with_the_slow_reference(problem):
     from_hidden = logprobs_from_hidden(hidden, head, targets, bias_V=bias, temperature=0.7, with_entropy=True)
     from_logits = logprobs_from_logits(logits, targets, temperature=0.7, with_entropy=True)
     for result in (from_hidden, from_logits):
-        torch.testing.assert_close(
-            result.logprobs, torch.tensor([lp for lp, _ in expected]), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(result.logprobs, torch.tensor([lp for lp, _ in expected]), atol=1e-5, rtol=0)
         torch.testing.assert_close(result.entropy, torch.tensor([h for _, h in expected]), atol=1e-5, rtol=0)
 
 
@@ -78,9 +76,7 @@ def test_gradients_do_not_depend_on_the_chunks(problem, chunk_tokens, keep_bytes
 def test_gradient_of_logits_matches_plain_autograd(problem):
     hidden, head, bias, targets = problem
     logits = (hidden @ head.T + bias).detach().requires_grad_()
-    result = logprobs_from_logits(
-        logits, targets, temperature=0.5, with_entropy=True, chunk_bytes=3 * VOCABULARY * 4
-    )
+    result = logprobs_from_logits(logits, targets, temperature=0.5, with_entropy=True, chunk_bytes=3 * VOCABULARY * 4)
     log_p = torch.log_softmax(logits / 0.5, dim=-1)
     expected = log_p.gather(-1, targets[:, None]).sum() - 2 * (log_p.exp() * log_p).sum()
     got = torch.autograd.grad(result.logprobs.sum() + 2 * result.entropy.sum(), logits)[0]

@@ -30,9 +30,7 @@ def counted(mask, *tensors):
 def test_policy_loss_equals_the_slow_form(tokens):
     mask, (new, old, advantages, weights, _) = tokens
     weights = weights.abs()
-    got = policy_loss(
-        new, old, advantages, mask, clip_low=0.2, clip_high=0.3, denominator=7.0, weights=weights
-    )
+    got = policy_loss(new, old, advantages, mask, clip_low=0.2, clip_high=0.3, denominator=7.0, weights=weights)
     total = kl = clipped = ratios = 0.0
     for n, o, a, w in counted(mask, new, old, advantages, weights):
         ratio = math.exp(n - o)
@@ -58,9 +56,7 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient(tokens):
 
 def test_beyond_the_clip_a_good_token_gives_no_gradient():
     new = torch.tensor([math.log(1.5), math.log(0.5)], requires_grad=True)
-    policy_loss(
-        new, torch.zeros(2), torch.tensor([1.0, -1.0]), torch.ones(2).bool(), denominator=1.0
-    ).loss.backward()
+    policy_loss(new, torch.zeros(2), torch.tensor([1.0, -1.0]), torch.ones(2).bool(), denominator=1.0).loss.backward()
     assert new.grad.tolist() == [0.0, 0.0]
 
 
@@ -156,9 +152,7 @@ def test_ranked_responses_become_all_their_pairs_and_each_comparison_counts_once
     flat = torch.tensor([s for row in scores for s in row])
     pairs = ranked_pairs(torch.tensor([r for row in ranks for r in row]), torch.tensor([0] * 4 + [1] * 2))
     assert len(pairs.better_P) == 7
-    got = bradley_terry_loss(
-        flat[pairs.better_P], flat[pairs.worse_P], weight_P=pairs.weight_P, denominator=2
-    )
+    got = bradley_terry_loss(flat[pairs.better_P], flat[pairs.worse_P], weight_P=pairs.weight_P, denominator=2)
     assert float(got.loss) == pytest.approx(slow_ranked_loss(scores, ranks), rel=1e-5)
     assert float(got.count) == pytest.approx(2.0)
 

@@ -56,9 +56,7 @@ def logprobs_from_hidden(
     width = head_VD.shape[1]
     if hidden.shape[-1] != width or hidden.shape[:-1] != targets.shape:
         expected = (*targets.shape, width)
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, must be {expected} (targets', then head's width)"
-        )
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, must be {expected} (targets', then head's width)")
     logprobs_T, entropy_T = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, width),
         head_VD,
@@ -73,6 +71,20 @@ def logprobs_from_hidden(
         logprobs=logprobs_T.reshape(targets.shape),
         entropy=entropy_T.reshape(targets.shape) if with_entropy else None,
     )
+
+
+@torch.no_grad()
+def most_likely_tokens(
+    hidden: Tensor, head_VD: Tensor, *, bias_V: Tensor | None = None, chunk_bytes: int | None = None
+) -> Tensor:
+    """The most likely next token at each of ``hidden [..., D]``: ids of the leading shape; chunked as the log-probs are."""
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+    ids_T = torch.empty(len(hidden_TD), dtype=torch.long, device=hidden.device)
+    chunk_tokens = _chunk_tokens(head_VD.shape[0], hidden.device, chunk_bytes)
+    for start in range(0, len(hidden_TD), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        ids_T[rows] = _chunk_logits(hidden_TD[rows], head_VD.to(hidden.dtype), bias_V, 1.0).argmax(dim=-1)
+    return ids_T.reshape(hidden.shape[:-1])
 
 
 def logprobs_from_logits(
@@ -90,9 +102,7 @@ def logprobs_from_logits(
     """
     _require_positive_temperature(temperature)
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"logits have shape {tuple(logits.shape)}, must begin with targets' {tuple(targets.shape)}"
-        )
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, must begin with targets' {tuple(targets.shape)}")
     vocabulary = logits.shape[-1]
     logprobs_T, entropy_T = _LogitsLogprobs.apply(  # type: ignore[no-untyped-call]
         logits.reshape(-1, vocabulary),
@@ -161,9 +171,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
         # The sum over chunks is kept in float32: bfloat16 would drop the small late addends.
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
-        grad_bias_V = (
-            torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
-        )
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
         with torch.autocast(hidden_TD.device.type, enabled=False):
             compute_VD = head_VD.to(ctx.dtype)
             for number, start in enumerate(range(0, len(hidden_TD), ctx.chunk_tokens)):
@@ -172,14 +180,10 @@ class _HeadLogprobs(torch.autograd.Function):
                 if number < len(kept):
                     log_p_CV = kept[number]
                 else:
-                    log_p_CV = torch.log_softmax(
-                        _chunk_logits(hidden_CD, compute_VD, bias_V, ctx.temperature), dim=-1
-                    )
+                    log_p_CV = torch.log_softmax(_chunk_logits(hidden_CD, compute_VD, bias_V, ctx.temperature), dim=-1)
                 grad_entropy_C = grad_entropy_T[rows] if ctx.with_entropy else None
                 entropy_C = entropy_T[rows] if ctx.with_entropy else None
-                grad_CV = _logits_grad(
-                    log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_C, entropy_C
-                )
+                grad_CV = _logits_grad(log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_C, entropy_C)
                 grad_CV /= ctx.temperature
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0)
@@ -233,9 +237,7 @@ class _LogitsLogprobs(torch.autograd.Function):
             log_p_CV = torch.log_softmax(logits_TV[rows].float() / ctx.temperature, dim=-1)
             grad_entropy_C = grad_entropy_T[rows] if ctx.with_entropy else None
             entropy_C = entropy_T[rows] if ctx.with_entropy else None
-            grad_CV = _logits_grad(
-                log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_C, entropy_C
-            )
+            grad_CV = _logits_grad(log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_C, entropy_C)
             grad_TV[rows] = (grad_CV / ctx.temperature).to(grad_TV.dtype)
         return grad_TV, *(None,) * 4
 
@@ -249,9 +251,7 @@ def _chunk_logits(hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, tem
     return z_CV
 
 
-def _log_softmax_stats(
-    z_CV: Tensor, targets_C: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _log_softmax_stats(z_CV: Tensor, targets_C: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     log_p_CV = torch.log_softmax(z_CV, dim=-1)
     logprobs_C = log_p_CV.gather(1, targets_C[:, None]).squeeze(1)
     entropy_C = -(log_p_CV.exp().mul_(_finite(log_p_CV))).sum(dim=-1) if with_entropy else None

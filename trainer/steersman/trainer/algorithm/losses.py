@@ -165,9 +165,7 @@ def kl_loss(
     reference, so ``k1`` is refused.
     """
     if estimator == "k1":
-        raise ValueError(
-            "estimator is 'k1', must be 'k2' or 'k3' in a loss: the expected gradient of k1 is zero"
-        )
+        raise ValueError("estimator is 'k1', must be 'k2' or 'k3' in a loss: the expected gradient of k1 is zero")
     # Zeroed per operand: a difference of two masked infinities would be NaN before any mask could help.
     per_token = kl_estimate(_masked(logprobs, mask), _masked(ref_logprobs, mask), estimator)
     if weights is not None:

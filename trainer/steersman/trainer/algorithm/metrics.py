@@ -1,5 +1,6 @@
 """Masked statistics, and the accumulator that turns sums from many micro-batches into one mean."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,22 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     total = masked_var(returns, mask)
     residual = masked_var(returns - values, mask)
     return torch.where(total > 0, 1.0 - residual / total, torch.full_like(total, torch.nan))
+
+
+def wilson_interval(successes: float, trials: float, *, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a proportion, 95 % by default; stays within [0, 1] and is honest for few trials.
+
+    Source: E. B. Wilson, 1927. Without trials it is (0, 1). ValueError unless ``0 <= successes <= trials``.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"successes is {successes}, must be in [0, trials = {trials}]")
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 @dataclass(kw_only=True)

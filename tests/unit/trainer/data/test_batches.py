@@ -1,0 +1,56 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steersman.trainer.data.batches import EpochOrder, micro_batches, pad, split_indices
+
+
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 3))
+def test_each_epoch_holds_every_record_once(num_records, batch_size, epoch):
+    order = EpochOrder(num_records, batch_size=batch_size, seed=1)
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    assert sorted(n for step in steps for n in order.batch(step)) == list(range(num_records))
+
+
+def test_order_is_a_function_of_seed_and_step_alone():
+    order = EpochOrder(50, batch_size=8, seed=3)
+    straight = [order.batch(step) for step in range(20)]
+    assert EpochOrder(50, batch_size=8, seed=3).batch(17) == straight[17]
+    assert order.batch(2) == straight[2]
+    assert EpochOrder(50, batch_size=8, seed=4).batch(0) != straight[0]
+    assert straight[0] != straight[order.steps_per_epoch]
+
+
+def test_split_is_disjoint_whole_and_the_same_each_time():
+    train, held_out = split_indices(20, held_out=5, seed=9)
+    assert len(held_out) == 5
+    assert sorted(train + held_out) == list(range(20))
+    assert split_indices(20, held_out=5, seed=9) == (train, held_out)
+    with pytest.raises(ValueError, match="held_out is 20"):
+        split_indices(20, held_out=20, seed=0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 4)), max_size=30), st.integers(1, 200))
+def test_micro_batches_hold_every_item_once_within_the_budget(items, token_budget):
+    lengths, rows = [n for n, _ in items], [r for _, r in items]
+    groups = micro_batches(lengths, token_budget=token_budget, rows=rows)
+    assert sorted(item for group in groups for item in group) == list(range(len(items)))
+    for group in groups:
+        padded = max(lengths[i] for i in group) * sum(rows[i] for i in group)
+        assert padded <= token_budget or len(group) == 1
+
+
+def test_micro_batches_put_like_lengths_together():
+    assert micro_batches([3, 90, 4, 100], token_budget=200) == [[3, 1], [2, 0]]
+    assert micro_batches([], token_budget=1) == []
+    with pytest.raises(ValueError, match="token_budget is 0"):
+        micro_batches([1], token_budget=0)
+
+
+def test_padding_and_masks():
+    batch = pad([[1, 2], [3]], [[4, 9], [5, 6, 7, 9]], pad_id=0)
+    assert batch.ids_BT.tolist() == [[1, 2, 4, 9, 0], [3, 5, 6, 7, 9]]
+    assert batch.lengths_B.tolist() == [4, 5]
+    assert batch.response_mask_BT.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]
+    with pytest.raises(ValueError, match="at least one sequence"):
+        pad([], [], pad_id=0)

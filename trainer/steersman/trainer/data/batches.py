@@ -1,0 +1,107 @@
+"""Which records make a batch, in what order, and how a batch is cut into padded micro-batches."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class EpochOrder:
+    """Batches of record numbers over shuffled epochs: a pure function of the seed and the step, so a resume needs the
+    step alone.
+
+    Each epoch holds every record once; the last batch of an epoch may be smaller.
+    """
+
+    def __init__(self, num_records: int, *, batch_size: int, seed: int) -> None:
+        """ValueError unless both numbers are at least 1."""
+        for name, value in (("num_records", num_records), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        self._num_records = num_records
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._permutation: list[int] = []
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return math.ceil(self._num_records / self._batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """The record numbers of batch ``step``, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._permutation = list(range(self._num_records))
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._permutation)
+            self._epoch = epoch
+        start = position * self._batch_size
+        return self._permutation[start : start + self._batch_size]
+
+
+def split_indices(num_records: int, *, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Record numbers to train on and ``held_out`` others to evaluate on, drawn by the seed, each in ascending order."""
+    if not 0 <= held_out < num_records:
+        raise ValueError(f"held_out is {held_out}, must be at least 0 and below the number of records, {num_records}")
+    numbers = list(range(num_records))
+    random.Random(f"{seed}/held-out").shuffle(numbers)
+    return sorted(numbers[held_out:]), sorted(numbers[:held_out])
+
+
+def micro_batches(lengths: Sequence[int], *, token_budget: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Groups of item numbers whose padded size, rows times the longest, stays within ``token_budget`` tokens.
+
+    Items are taken longest first, so that those of one group are of like length and little is padding; the order
+    depends on the lengths alone. An item is ``rows[i]`` sequences (one unless given) of at most ``lengths[i]`` tokens
+    and is never split: one that exceeds the budget by itself makes a group of its own. Each item is in exactly one
+    group.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget is {token_budget}, must be at least 1 token")
+    groups: list[list[int]] = []
+    longest = num_rows = 0
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        more = 1 if rows is None else rows[item]
+        if not groups or (num_rows + more) * longest > token_budget:
+            groups.append([])
+            longest, num_rows = lengths[item], 0
+        groups[-1].append(item)
+        num_rows += more
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedBatch:
+    """Right-padded sequences: ``ids_BT`` int64, ``lengths_B`` int64, and ``response_mask_BT``, true at response tokens
+    (EOS too).
+    """
+
+    ids_BT: Tensor  # noqa: N815
+    lengths_B: Tensor  # noqa: N815
+    response_mask_BT: Tensor  # noqa: N815
+
+    def to(self, device: torch.device) -> "PaddedBatch":
+        """The same on ``device``."""
+        return PaddedBatch(
+            ids_BT=self.ids_BT.to(device, non_blocking=True),
+            lengths_B=self.lengths_B.to(device, non_blocking=True),
+            response_mask_BT=self.response_mask_BT.to(device, non_blocking=True),
+        )
+
+
+def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int) -> PaddedBatch:
+    """Prompt and response tokens joined and padded on the right with ``pad_id``. ValueError if there are none."""
+    if not prompts:
+        raise ValueError("a batch must have at least one sequence")
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    width = max(lengths)
+    ids = [[*p, *r, *[pad_id] * (width - len(p) - len(r))] for p, r in zip(prompts, responses, strict=True)]
+    lengths_B = torch.tensor(lengths)
+    starts_B = torch.tensor([len(p) for p in prompts])
+    positions_T = torch.arange(width)
+    mask_BT = (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
+    return PaddedBatch(ids_BT=torch.tensor(ids), lengths_B=lengths_B, response_mask_BT=mask_BT)

@@ -1,0 +1,131 @@
+"""Files to lists of records, with the bad rows refused or counted."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steersman.trainer.data.forms import Form, FormOptions, detect_form, infer_preference_base, parse_row
+from steersman.trainer.data.records import Comparison, Demonstration, Prompt, Record
+from steersman.trainer.data.rows import BadRow, DataError, Row, read_rows
+
+_log = logging.getLogger(__name__)
+_SHOWN_BAD_ROWS = 5
+R = TypeVar("R", bound=Record)
+
+
+class DataSettings(BaseModel):
+    """Which files to read, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    files: tuple[str, ...] = Field(min_length=1, description="Paths or fsspec URLs: .jsonl, .jsonl.gz, .parquet.")
+    form: Form | Literal["auto"] = Field(
+        default="auto", description="The form of the rows; auto finds it for each file by its first readable row."
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail", description="fail stops at the first bad row; skip leaves bad rows out and counts them."
+    )
+    preference_base: Literal[0, 1] | None = Field(
+        default=None,
+        description="Number of the first candidate in human_preference; inferred from the file if left out.",
+    )
+    max_records: int | None = Field(default=None, ge=1, description="Read no more than this many good rows.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What reading came to. ``num_bad_rows`` were left out; ``bad_rows`` are the first few of them."""
+
+    num_records: int
+    num_bad_rows: int
+    bad_rows: tuple[BadRow, ...]
+    forms: dict[str, Form]
+
+
+def load_comparisons(settings: DataSettings) -> tuple[list[Comparison], LoadReport]:
+    """The comparisons in the files. A row of a form without a ranking is bad. DataError if none is left."""
+    return _load(settings, _as_comparison)
+
+
+def load_demonstrations(settings: DataSettings) -> tuple[list[Demonstration], LoadReport]:
+    """The demonstrations in the files; of a comparison, its best response. DataError if none is left."""
+    return _load(settings, _as_demonstration)
+
+
+def load_prompts(settings: DataSettings) -> tuple[list[Prompt], LoadReport]:
+    """The prompts in the files, whatever else their rows hold. DataError if none is left."""
+    return _load(settings, lambda record: Prompt(prompt=record.prompt, origin=record.origin))
+
+
+def _load(settings: DataSettings, convert: Callable[[Record], R]) -> tuple[list[R], LoadReport]:
+    records: list[R] = []
+    bad: list[BadRow] = []
+    num_bad = 0
+    forms: dict[str, Form] = {}
+    for item in _records(settings, forms):
+        try:
+            if isinstance(item, BadRow):
+                raise item
+            records.append(convert(item))
+        except BadRow as error:
+            if settings.on_bad_row == "fail":
+                raise
+            num_bad += 1
+            if len(bad) < _SHOWN_BAD_ROWS:
+                bad.append(error)
+                _log.warning("left out: %s", error)
+        if len(records) == settings.max_records:
+            break
+    if not records:
+        why = f"; the first bad row: {bad[0]}" if bad else ""
+        raise DataError(f"no usable row in {', '.join(settings.files)}{why}")
+    report = LoadReport(num_records=len(records), num_bad_rows=num_bad, bad_rows=tuple(bad), forms=forms)
+    return records, report
+
+
+def _records(settings: DataSettings, forms: dict[str, Form]) -> Iterator[Record | BadRow]:
+    for file in settings.files:
+        form: Form | None = None if settings.form == "auto" else settings.form
+        options: FormOptions | None = None
+        for row in read_rows(file):
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            if form is None:
+                form = detect_form(row.fields)
+            if form is None:
+                names = ", ".join(sorted(row.fields)[:10]) or "none"
+                yield BadRow(row.origin, f"its fields fit no known form (it has {names})")
+                continue
+            if options is None:
+                forms[file] = form
+                options = _options(file, form, settings)
+            try:
+                yield parse_row(row, form, options)
+            except BadRow as error:
+                yield error
+
+
+def _options(file: str, form: Form, settings: DataSettings) -> FormOptions:
+    base: int | None = settings.preference_base
+    if form == "candidates" and base is None:
+        # A pass of its own over the file: one row cannot say from what its choice counts.
+        base = infer_preference_base(row for row in read_rows(file) if isinstance(row, Row))
+    return FormOptions(preference_base=base)
+
+
+def _as_comparison(record: Record) -> Comparison:
+    if not isinstance(record, Comparison):
+        raise BadRow(record.origin, "holds no comparison, must have at least two ranked responses")
+    return record
+
+
+def _as_demonstration(record: Record) -> Demonstration:
+    if isinstance(record, Comparison):
+        return Demonstration(prompt=record.prompt, completion=record.best, origin=record.origin)
+    if not isinstance(record, Demonstration):
+        raise BadRow(record.origin, "holds no response, must have a completion")
+    return record
