@@ -42,13 +42,15 @@ async def test_a_worker_lives_in_a_session_of_its_own_and_writes_a_log(tmp_path:
     await launcher.kill(handle)
 
 
-async def test_a_zombie_is_dead_for_a_service_that_did_not_start_it(tmp_path: Path) -> None:
-    first = LocalLauncher((sys.executable, "-c", "raise SystemExit(3)"))
-    handle = await first.launch(tmp_path, JobResources())
-    pid = json.loads(handle)["pid"]
-    await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert not (await LocalLauncher().status(handle)).alive
-    assert (await first.status(handle)).ending == "exited with status 3"
+async def test_a_zombie_is_dead() -> None:
+    command = (sys.executable, "-c", "input()")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        handle = process_handle(child.pid)
+        assert (await LocalLauncher().status(handle)).alive
+        child.kill()
+        await asyncio.to_thread(os.waitid, os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        status = await LocalLauncher().status(handle)
+    assert status == WorkerStatus(alive=False, ending="ended while no service watched it")
 
 
 async def test_another_process_of_the_same_id_is_not_the_worker() -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from steersman.wire.errors import FieldViolation
 
 # sysexits.h EX_TEMPFAIL: the worker found another worker in its run folder.
 EXIT_FOLDER_IN_USE: Final = 75
+
+REAP_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class LocalLauncher:
 
     def __init__(self, command: Sequence[str] = (sys.executable, "-m", "steersman.trainer.jobs.worker")) -> None:
         self._command = tuple(command)
-        # Those that this service started, to reap them and to know how they ended.
+        # Those that this service started: it alone can learn how they ended.
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
@@ -96,21 +99,21 @@ class LocalLauncher:
                 start_new_session=True,
                 env=_environment(resources),
             )
+        # Reaps it whenever it ends, so that no zombie waits for the next question.
+        threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
         self._children[child.pid] = child
         return process_handle(child.pid)
 
     async def status(self, handle: str) -> WorkerStatus:
         """See `Launcher`. How a worker ended is known only to the service that started it."""
-        pid = _find(handle)
-        known = self._children.get(json.loads(handle)["pid"])
-        if known is not None:
-            code = known.poll()
-            if code is None:
-                return WorkerStatus(alive=True)
-            return WorkerStatus(alive=False, ending=_describe_exit(code))
-        if pid is None:
+        if _find(handle) is not None:
+            return WorkerStatus(alive=True)
+        child = self._children.get(json.loads(handle)["pid"])
+        if child is None:
             return WorkerStatus(alive=False, ending="ended while no service watched it")
-        return WorkerStatus(alive=True)
+        # It has ended, so this waits for the reaper at most.
+        code = await asyncio.to_thread(child.wait, REAP_SECONDS)
+        return WorkerStatus(alive=False, ending=_describe_exit(code))
 
     async def stop(self, handle: str) -> None:
         """See `Launcher`. SIGTERM goes to the worker alone: its children are its own business."""
