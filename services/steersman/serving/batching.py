@@ -157,16 +157,29 @@ def worth_padding(lengths: Sequence[int], overhead_tokens: int) -> int:
     return best
 
 
+def fail_after(future: "asyncio.Future[ResultT]", timeout_s: float) -> None:
+    """Lets `future` fail with DEADLINE_EXCEEDED if it is not done within `timeout_s`."""
+
+    def expire() -> None:
+        if not future.done():
+            message = f"not done within the {timeout_s:g} s that were given"
+            future.set_exception(SteersmanError(Reason.DEADLINE_EXCEEDED, message))
+
+    timer = future.get_loop().call_later(timeout_s, expire)
+    future.add_done_callback(lambda _: timer.cancel())
+
+
 class Batcher(Generic[ItemT, ResultT]):
     """Collects items from many callers and runs them in batches on a thread of its own.
 
     Create it on the event loop whose callers it serves. `run` gets the items of a batch, longest first, and returns
-    one result an item in the same order; it is only ever called on the worker thread, one call at a time.
+    one result an item in the same order; a result that is an exception fails its item. It is only ever called on the
+    worker thread, one call at a time.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[ItemT]], Sequence[ResultT]],
+        run: Callable[[Sequence[ItemT]], Sequence[ResultT | Exception]],
         settings: BatchingSettings,
         *,
         name: str,
@@ -228,7 +241,7 @@ class Batcher(Generic[ItemT, ResultT]):
         if timeouts_s is not None:
             for entry, timeout_s in zip(entries, timeouts_s, strict=True):
                 if timeout_s is not None:
-                    self._arm_timeout(entry.future, timeout_s)
+                    fail_after(entry.future, timeout_s)
         return [entry.future for entry in entries]
 
     async def run(
@@ -284,15 +297,6 @@ class Batcher(Generic[ItemT, ResultT]):
             for entry in entries
         )
         return min(60.0, max(0.01, queued / 2 / self._tokens_per_s))
-
-    def _arm_timeout(self, future: "asyncio.Future[ResultT]", timeout_s: float) -> None:
-        def expire() -> None:
-            if not future.done():
-                message = f"not done within the {timeout_s:g} s that were given"
-                future.set_exception(SteersmanError(Reason.DEADLINE_EXCEEDED, message))
-
-        timer = self._loop.call_later(timeout_s, expire)
-        future.add_done_callback(lambda _: timer.cancel())
 
     @staticmethod
     def _deliver(entries: "Sequence[_Entry[ItemT, ResultT]]", outcomes: Sequence[ResultT | Exception]) -> None:

@@ -1,0 +1,158 @@
+"""What the services that run a Hugging Face model themselves share: where it is, what it computes with, its limits.
+
+Imports torch and transformers; a server imports it only after its settings are known to be good.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from transformers.utils.hub import cached_file
+
+logger = logging.getLogger(__name__)
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+
+# Stands for "no limit stated" where a configuration has none: longer than any message that could arrive.
+UNLIMITED_TOKENS: Final = 2**24
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_CGROUP_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model that was found: what to load it by, a name for callers, and its revision."""
+
+    source: str
+    name: str
+    revision: str
+    hub_revision: str | None = None
+
+
+def find_checkpoint(field: str, model: str, revision: str | None = None) -> Checkpoint:
+    """Finds a local folder or a hub model; `field` names the setting in errors.
+
+    The revision of a hub model is its commit; that of a folder is a digest of its weights and configuration, so two
+    folders have the same revision only if they compute the same.
+
+    Raises `ValueError` if there is no such model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{field}: is {model!r}, which has no config.json, allowed: a checkpoint in HF layout")
+        return Checkpoint(source=str(folder), name=folder.resolve().name, revision=digest_folder(folder))
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise ValueError(f"{field}: is {model!r}, which does not exist, allowed: a checkpoint folder, or a hub id")
+    try:
+        config = cached_file(model, "config.json", revision=revision)
+    except OSError as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"{field}: is {model!r}, which cannot be loaded: {first_line}") from None
+    commit = Path(str(config)).parent.name
+    return Checkpoint(
+        source=model,
+        name=model,
+        revision=commit if _COMMIT.fullmatch(commit) else "unknown",
+        hub_revision=revision,
+    )
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over the weight files and the configuration of a checkpoint, shortened to 16 hexadecimal digits."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+
+    whole = hashlib.sha256()
+    # Hashing releases the interpreter lock: shards are read side by side.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for path, part in zip(files, pool.map(digest, files), strict=True):
+            whole.update(path.name.encode() + b"\0" + part)
+    return f"sha256:{whole.hexdigest()[:16]}"
+
+
+def choose_device(field: str, device: str) -> torch.device:
+    """The device to compute on; "auto" is the first GPU if there is one. `ValueError` if it is not there."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"{field}: is {device!r}, allowed: auto or a device that is there: {first_line}") from None
+    return chosen
+
+
+def use_threads(num_threads: int | None) -> int:
+    """Sets the threads of one torch operation and returns their number.
+
+    Default: what OMP_NUM_THREADS says, else the physical cores this process may use. More threads than cores is the
+    one setting that makes small models several times slower.
+    """
+    if num_threads is None and "OMP_NUM_THREADS" not in os.environ:
+        num_threads = usable_cores()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return torch.get_num_threads()
+
+
+def usable_cores() -> int:
+    """Physical cores, within the CPU affinity and the CPU quota of the container."""
+    cores = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)))
+    try:
+        quota, period = _CGROUP_CPU_MAX.read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
+
+
+def sequence_limit(config: Any, asked: int | None) -> int:
+    """Longest sequence in tokens: the model's own limit, or a lower one that was asked for."""
+    text_config = config.get_text_config()
+    own = getattr(text_config, "max_position_embeddings", None) or getattr(text_config, "n_positions", None)
+    return min(own or UNLIMITED_TOKENS, asked or UNLIMITED_TOKENS)
+
+
+def eos_token_ids(model: Any) -> tuple[int, ...]:
+    """Ids that end a response, as the generation settings of the model say, else its configuration."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    return ()
+
+
+def pad_token_id(config: Any) -> int:
+    """An id to pad with that every embedding has."""
+    found = getattr(config.get_text_config(), "pad_token_id", None)
+    return found if isinstance(found, int) and 0 <= found < config.get_text_config().vocab_size else 0
+
+
+def pad_rows(rows: Sequence[NDArray[np.int32]], pad_id: int, device: torch.device) -> torch.Tensor:
+    """Token ids [rows, longest], int64, padded on the right.
+
+    A causal model needs no attention mask for it: no token looks at what comes after it, and what the padding itself
+    computes is never read. Without a mask the fastest attention kernels apply.
+    """
+    longest = max(len(row) for row in rows)
+    padded = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded).to(device, non_blocking=True)
