@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, logprobs_from_logits
+from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, logprobs_from_logits, most_likely_tokens
 
 TOKENS, VOCABULARY, WIDTH = 23, 31, 8
 
@@ -91,6 +91,12 @@ def test_keeps_leading_shape_and_leaves_entropy_out_unless_asked(problem):
     result.logprobs.sum().backward()
     assert hidden.grad[:22].abs().sum() > 0
     assert hidden.grad[22].abs().sum() == 0
+
+
+def test_most_likely_tokens_do_not_depend_on_the_chunks(problem):
+    hidden, head, bias, _ = problem
+    got = most_likely_tokens(hidden, head, bias_V=bias, chunk_bytes=3 * VOCABULARY * 4)
+    assert torch.equal(got, (hidden @ head.T + bias).argmax(-1))
 
 
 def test_a_forbidden_token_makes_no_nan():

@@ -10,6 +10,7 @@ from steersman.trainer.algorithm.metrics import (
     masked_mean,
     masked_sum,
     masked_var,
+    wilson_interval,
 )
 
 

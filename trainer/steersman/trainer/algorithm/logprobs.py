@@ -77,7 +77,7 @@ def logprobs_from_hidden(
 def most_likely_tokens(
     hidden: Tensor, head_VD: Tensor, *, bias_V: Tensor | None = None, chunk_bytes: int | None = None
 ) -> Tensor:
-    """The most likely next token at each of ``hidden [..., D]``: ids of the leading shape; chunked as the log-probs are."""
+    """The most likely next token at each of ``hidden [..., D]``: ids of the leading shape, in chunks of tokens too."""
     hidden_TD = hidden.reshape(-1, hidden.shape[-1])
     ids_T = torch.empty(len(hidden_TD), dtype=torch.long, device=hidden.device)
     chunk_tokens = _chunk_tokens(head_VD.shape[0], hidden.device, chunk_bytes)
