@@ -80,6 +80,11 @@ class MetricSums:
             self.totals[name] = self.totals[name] + value if name in self.totals else value
             self.counts[name] = self.counts[name] + number if name in self.counts else number
 
+    def merge(self, other: "MetricSums") -> None:
+        """Adds everything that ``other`` holds."""
+        for name, total in other.totals.items():
+            self.add({name: total}, count=other.counts[name])
+
     def means(self) -> dict[str, float]:
         """Mean of every metric over all items added; NaN for a metric whose count is zero."""
         return {

@@ -1,0 +1,44 @@
+"""On which device a model trains, and in which type its matrix products run."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from steersman.trainer.checkpoint.models import resolve_device
+
+DTypeSetting = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Weights and optimizer moments are always float32; ``bfloat16`` runs the forward and backward passes under
+    autocast.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def move(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Moves ``model`` there, in place; gives it back."""
+        nn.Module.to(model, self.device)
+        return model
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context for forward passes."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def place(device: str, dtype: DTypeSetting) -> Placement:
+    """``auto`` device: CUDA if there; ``auto`` type: bfloat16 on CUDA, else float32. ValueError for a device that is
+    not there.
+    """
+    resolved = resolve_device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if resolved.type == "cuda" else "float32"
+    return Placement(device=resolved, dtype=getattr(torch, dtype))

@@ -1,0 +1,231 @@
+"""The reward model: a scalar head trained on human comparisons by the Bradley-Terry likelihood."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steersman.trainer.algorithm.losses import LossOutput, RankedPairs, bradley_terry_loss, ranked_pairs
+from steersman.trainer.algorithm.metrics import MetricSums, wilson_interval
+from steersman.trainer.checkpoint.models import adopt_special_tokens, load_scalar_head, sequence_scores
+from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad
+from steersman.trainer.data.encode import Encoder, Example
+from steersman.trainer.data.load import load_comparisons
+from steersman.trainer.data.records import Comparison
+from steersman.trainer.stages.placement import Placement, place
+from steersman.trainer.stages.run import Run
+from steersman.trainer.stages.supervised import StageResult, SupervisedConfig, train
+
+_log = logging.getLogger(__name__)
+_PAD_TOKEN = "<|pad|>"
+# Enough for a mean that is exact to two digits, few enough to cost seconds.
+_CALIBRATION_COMPARISONS = 2048
+
+
+class RewardModelConfig(SupervisedConfig):
+    """Settings of the ``reward_model`` stage; ``batch_size`` counts comparisons, however many responses each ranks."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    use_margins: bool = Field(default=True, description="Where rows have a margin, ask for that much of a gap.")
+    use_ties: bool = Field(default=False, description="Let tied responses pull their scores together.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Assumed share of wrong labels.")
+    score_penalty: float = Field(
+        default=0.0, ge=0, description="Weight of the squared score in the loss: keeps scores near zero."
+    )
+    record_score_moments: bool = Field(
+        default=True, description="Write mean and deviation of the training scores into the model's configuration."
+    )
+
+
+def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
+    """Trains a scalar head on comparisons; the model goes to ``<run>/model``.
+
+    More than two ranked responses become all their pairs, each comparison counting once. Scores are those of the last
+    token, EOS for a response that was not cut off; the padding token is never EOS, so that the Hugging Face forward
+    pass (and the reward service) finds the same last token.
+
+    Logs ``loss``, ``accuracy``, ``reward_gap``; on held-out data the same under ``eval/``, with ``eval/accuracy_low``
+    and ``eval/accuracy_high``, a 95 % Wilson interval over the pairs. The saved configuration holds ``reward_mean`` and
+    ``reward_std`` of the responses trained on (InstructGPT shifts the reward so that its mean is zero; a consumer may
+    do so with these). DataError, CheckpointError or ValueError name what is wrong with the data, the model or a
+    setting.
+    """
+    tokenizer = config.load_tokenizer()
+    records, report = load_comparisons(config.data)
+    train_numbers, eval_numbers = config.held_out(len(records))
+    eval_records = [records[n] for n in eval_numbers]
+    if config.eval_data is not None:
+        eval_records, _ = load_comparisons(config.eval_data)
+    run.progress(0, 0, f"{report.num_records} comparisons, {report.num_bad_rows} bad rows left out")
+
+    placement = place(config.device, config.dtype)
+    pad_id = _require_padding(tokenizer)
+    model = load_scalar_head(config.model, seed=config.seed, tokenizer=tokenizer)
+    _cover_vocabulary(model, tokenizer)
+    placement.move(model)
+    encoder = config.encoder(tokenizer)
+    task = _RewardModelTask(
+        config=config,
+        model=model,
+        placement=placement,
+        comparisons=_encode(encoder, [records[n] for n in train_numbers], use_ties=config.use_ties),
+        eval_comparisons=_encode(encoder, eval_records, use_ties=False),
+        pad_id=pad_id,
+    )
+    if not task.comparisons:
+        raise ValueError("no comparison ranks one response above another: nothing to learn from")
+    return train(config, task, model, tokenizer, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Encoded:
+    """A comparison as tokens."""
+
+    examples: list[Example]
+    ranks: tuple[int, ...]
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RewardModelTask:
+    config: RewardModelConfig
+    model: PreTrainedModel
+    placement: Placement
+    comparisons: list[_Encoded]
+    eval_comparisons: list[_Encoded]
+    pad_id: int
+
+    @property
+    def num_records(self) -> int:
+        return len(self.comparisons)
+
+    def accumulate(self, records: list[int]) -> MetricSums:
+        comparisons = [self.comparisons[n] for n in records]
+        sums = MetricSums()
+        for batch, group in self._batches(comparisons):
+            scores_B = self._scores(batch)
+            output, pairs = self._loss(scores_B, group, denominator=len(comparisons), smoothed=True)
+            loss = output.loss
+            if self.config.score_penalty:
+                loss = loss + self.config.score_penalty * (scores_B.square() * self._shares(group)).sum() / len(
+                    comparisons
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            _add(sums, output, pairs)
+            sums.add({"num_tokens": batch.lengths_B.sum()}, count=1)
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        if not self.eval_comparisons:
+            return {}
+        sums = MetricSums()
+        num_correct = num_pairs = 0.0
+        for batch, group in self._batches(self.eval_comparisons):
+            scores_B = self._scores(batch)
+            output, pairs = self._loss(scores_B, group, denominator=1, smoothed=False)
+            _add(sums, output, pairs)
+            gap_P = scores_B[pairs.better_P] - scores_B[pairs.worse_P]
+            num_correct += float((gap_P > 0).sum()) + 0.5 * float((gap_P == 0).sum())
+            num_pairs += len(gap_P)
+        # The interval takes pairs as independent; those of one long ranked list are not quite.
+        low, high = wilson_interval(num_correct, num_pairs)
+        metrics = {f"eval/{name}": value for name, value in sums.means().items()}
+        return metrics | {
+            "eval/accuracy": num_correct / num_pairs,
+            "eval/accuracy_low": low,
+            "eval/accuracy_high": high,
+            "eval/num_pairs": num_pairs,
+        }
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, float]:
+        if not self.config.record_score_moments:
+            return {}
+        scores = [self._scores(batch) for batch, _ in self._batches(self.comparisons[:_CALIBRATION_COMPARISONS])]
+        flat = torch.cat(scores)
+        mean, std = float(flat.mean()), float(flat.std(unbiased=False))
+        self.model.config.reward_mean = mean
+        self.model.config.reward_std = std
+        return {"reward_mean": mean, "reward_std": std}
+
+    def _scores(self, batch: PaddedBatch) -> Tensor:
+        with self.placement.autocast():
+            return sequence_scores(self.model, batch.ids_BT, batch.lengths_B)
+
+    def _loss(
+        self, scores_B: Tensor, group: list[_Encoded], *, denominator: int, smoothed: bool
+    ) -> tuple[LossOutput, RankedPairs]:
+        device = scores_B.device
+        comparison_B = torch.tensor([n for n, c in enumerate(group) for _ in c.ranks], device=device)
+        ranks_B = torch.tensor([rank for c in group for rank in c.ranks], device=device)
+        pairs = ranked_pairs(ranks_B, comparison_B, include_ties=smoothed and self.config.use_ties)
+        margin_P = None
+        if smoothed and self.config.use_margins and any(c.margin for c in group):
+            margin_P = torch.tensor([c.margin for c in group], device=device)[comparison_B[pairs.better_P]]
+        output = bradley_terry_loss(
+            scores_B[pairs.better_P],
+            scores_B[pairs.worse_P],
+            denominator=denominator,
+            weight_P=pairs.weight_P,
+            margin_P=margin_P,
+            tie_P=pairs.tie_P,
+            label_smoothing=self.config.label_smoothing if smoothed else 0.0,
+        )
+        return output, pairs
+
+    def _shares(self, group: list[_Encoded]) -> Tensor:
+        return torch.tensor([1 / len(c.ranks) for c in group for _ in c.ranks], device=self.placement.device)
+
+    def _batches(self, comparisons: list[_Encoded]) -> Iterator[tuple[PaddedBatch, list[_Encoded]]]:
+        """Micro-batches of whole comparisons: the responses of one are always scored together."""
+        lengths = [max(example.num_tokens for example in c.examples) for c in comparisons]
+        rows = [len(c.examples) for c in comparisons]
+        for numbers in micro_batches(lengths, token_budget=self.config.micro_batch_tokens, rows=rows):
+            group = [comparisons[n] for n in numbers]
+            examples = [example for c in group for example in c.examples]
+            batch = pad([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id=self.pad_id)
+            yield batch.to(self.placement.device), group
+
+
+def _add(sums: MetricSums, output: LossOutput, pairs: RankedPairs) -> None:
+    sums.add({"loss": output.sums["loss"]}, count=output.count)
+    decided = (pairs.weight_P * ~pairs.tie_P).sum()
+    sums.add({name: output.sums[name] for name in ("accuracy", "reward_gap")}, count=decided)
+
+
+def _encode(encoder: Encoder, records: list[Comparison], *, use_ties: bool) -> list[_Encoded]:
+    """Comparisons as tokens, without those that would make no pair."""
+    useful = [record for record in records if use_ties or len(set(record.ranks)) > 1]
+    if len(useful) < len(records):
+        _log.info("left out %d comparisons in which all responses are tied", len(records) - len(useful))
+    return [
+        _Encoded(examples=examples, ranks=record.ranks, margin=record.margin or 0.0)
+        for record, examples in zip(useful, encoder.comparisons(useful), strict=True)
+    ]
+
+
+def _require_padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of a padding token that is no other token; a new one is added where EOS served as padding.
+
+    Scorers take the last token that is not padding: with EOS as padding they would score the token before it.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": _PAD_TOKEN})
+    return int(tokenizer.pad_token_id)
+
+
+def _cover_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    rows = embedding.num_embeddings
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # The new rows stand for padding alone, which no score depends on: zero is the same each time.
+        with torch.no_grad():
+            cast(nn.Embedding, model.get_input_embeddings()).weight[rows:] = 0.0
+    adopt_special_tokens(model, tokenizer)

@@ -1,0 +1,123 @@
+"""Supervised fine-tuning: the likelihood of demonstrated responses."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, most_likely_tokens
+from steersman.trainer.algorithm.losses import token_nll_loss
+from steersman.trainer.algorithm.metrics import MetricSums
+from steersman.trainer.checkpoint.models import hidden_states, lm_head, load_actor
+from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad
+from steersman.trainer.data.encode import Example
+from steersman.trainer.data.load import load_demonstrations
+from steersman.trainer.stages.placement import Placement, place
+from steersman.trainer.stages.run import Run
+from steersman.trainer.stages.supervised import StageResult, SupervisedConfig, train
+
+
+class SftConfig(SupervisedConfig):
+    """Settings of the ``sft`` stage. Comparisons serve as data too: their best response is the demonstration."""
+
+    kind: Literal["sft"] = "sft"
+    train_on_prompt: bool = Field(
+        default=False, description="Also learn the tokens of the prompt, not the response alone."
+    )
+
+
+def run_sft(config: SftConfig, run: Run) -> StageResult:
+    """Fine-tunes a causal language model on demonstrations; the model goes to ``<run>/model``.
+
+    Logs ``loss`` (nats per counted token), ``lr``, ``grad_norm``, ``time/tokens_per_s``; on held-out data ``eval/loss``
+    and ``eval/accuracy`` (share of counted tokens that are the most likely one). Goes on from the run's last
+    checkpoint. DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
+    """
+    tokenizer = config.load_tokenizer()
+    encoder = config.encoder(tokenizer)
+    records, report = load_demonstrations(config.data)
+    train_numbers, eval_numbers = config.held_out(len(records))
+    eval_records = [records[n] for n in eval_numbers]
+    if config.eval_data is not None:
+        eval_records, _ = load_demonstrations(config.eval_data)
+    run.progress(0, 0, f"{report.num_records} demonstrations, {report.num_bad_rows} bad rows left out")
+
+    placement = place(config.device, config.dtype)
+    model = placement.move(load_actor(config.model, seed=config.seed, tokenizer=tokenizer))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    task = _SftTask(
+        model=model,
+        placement=placement,
+        examples=encoder.demonstrations([records[n] for n in train_numbers]),
+        eval_examples=encoder.demonstrations(eval_records),
+        pad_id=int(pad_id),
+        micro_batch_tokens=config.micro_batch_tokens,
+        train_on_prompt=config.train_on_prompt,
+    )
+    return train(config, task, model, tokenizer, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SftTask:
+    model: PreTrainedModel
+    placement: Placement
+    examples: list[Example]
+    eval_examples: list[Example]
+    pad_id: int
+    micro_batch_tokens: int
+    train_on_prompt: bool
+
+    @property
+    def num_records(self) -> int:
+        return len(self.examples)
+
+    def accumulate(self, records: list[int]) -> MetricSums:
+        examples = [self.examples[n] for n in records]
+        denominator = max(1, sum(self._num_counted(example) for example in examples))
+        sums = MetricSums()
+        for batch in self._batches(examples):
+            hidden_ND, targets_N = self._counted(batch)
+            logprobs_N = logprobs_from_hidden(hidden_ND, lm_head(self.model).weight, targets_N).logprobs
+            output = token_nll_loss(logprobs_N, torch.ones_like(targets_N, dtype=torch.bool), denominator=denominator)
+            output.loss.backward()  # type: ignore[no-untyped-call]
+            sums.add({"loss": output.sums["nll"]}, count=output.count)
+            sums.add({"num_tokens": batch.lengths_B.sum()}, count=1)
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        sums = MetricSums()
+        for batch in self._batches(self.eval_examples):
+            hidden_ND, targets_N = self._counted(batch)
+            head = lm_head(self.model).weight
+            nll = -logprobs_from_hidden(hidden_ND, head, targets_N).logprobs.sum()
+            correct = (most_likely_tokens(hidden_ND, head) == targets_N).sum()
+            sums.add({"eval/loss": nll, "eval/accuracy": correct}, count=len(targets_N))
+        return sums.means()
+
+    def finish(self) -> dict[str, float]:
+        return {}
+
+    def _batches(self, examples: list[Example]) -> Iterator[PaddedBatch]:
+        lengths = [example.num_tokens for example in examples]
+        for group in micro_batches(lengths, token_budget=self.micro_batch_tokens):
+            chosen = [examples[n] for n in group]
+            batch = pad([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id=self.pad_id)
+            yield batch.to(self.placement.device)
+
+    def _counted(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[N, D]`` that predict the counted tokens, and these ``[N]``: the head sees no others."""
+        mask_BT = batch.response_mask_BT
+        if self.train_on_prompt:
+            mask_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < batch.lengths_B[:, None]
+        mask_BT = mask_BT[:, 1:]
+        with self.placement.autocast():
+            states_BTD = hidden_states(self.model, batch.ids_BT[:, :-1])
+        return states_BTD[mask_BT], batch.ids_BT[:, 1:][mask_BT]
+
+    def _num_counted(self, example: Example) -> int:
+        return example.num_tokens - 1 if self.train_on_prompt else len(example.response_ids)

@@ -1,0 +1,239 @@
+"""The loop that supervised stages share: batches in, updates out; checkpoints, evaluation, resume and cancellation.
+
+Invariants:
+
+- Update ``n`` depends on the weights, the seed and ``n`` alone; a resumed run makes the same updates as one that never
+  stopped.
+- A checkpoint of step ``n`` holds what is after ``n`` updates, and ``metrics.jsonl`` then has no row beyond ``n``.
+- The final model appears at ``<run>/model`` whole, or not at all.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steersman.trainer.algorithm.metrics import MetricSums
+from steersman.trainer.checkpoint.atomic import CheckpointError
+from steersman.trainer.checkpoint.models import ModelSource, load_tokenizer, load_weights, save_model, write_model
+from steersman.trainer.checkpoint.state import random_state, restore_random_state
+from steersman.trainer.checkpoint.store import CheckpointStore
+from steersman.trainer.data.batches import EpochOrder, split_indices
+from steersman.trainer.data.encode import Encoder, TranscriptTemplate
+from steersman.trainer.data.load import DataSettings
+from steersman.trainer.stages.optim import OptimizerConfig, apply_update, build_optimizer
+from steersman.trainer.stages.placement import DTypeSetting
+from steersman.trainer.stages.run import METRICS_FILE, Run
+
+_log = logging.getLogger(__name__)
+
+
+class SupervisedConfig(BaseModel):
+    """What the supervised stages have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelSource
+    tokenizer: str | None = Field(default=None, description="Directory or hub id; model.path if left out.")
+    data: DataSettings
+    eval_data: DataSettings | None = Field(default=None, description="Held-out data of its own.")
+    eval_share: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of data that is held out for evaluation, drawn by the seed."
+    )
+    transcript: TranscriptTemplate = Field(default_factory=TranscriptTemplate)
+    max_prompt_tokens: int = Field(default=512, ge=1, description="Longer prompts lose their oldest tokens.")
+    max_response_tokens: int = Field(default=512, ge=1, description="EOS counted; longer responses lose their end.")
+
+    batch_size: int = Field(default=32, ge=1, description="Records in one update.")
+    micro_batch_tokens: int = Field(default=8192, ge=1, description="Padded tokens in one forward pass.")
+    num_epochs: float = Field(default=1.0, gt=0, description="Passes over the data, if max_steps is left out.")
+    max_steps: int | None = Field(default=None, ge=1, description="Updates in all.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    seed: int = Field(
+        default=0, ge=0, description="Decides fresh weights, the held-out share and the order of the data."
+    )
+    device: str = Field(default="auto", description="auto (CUDA if there), cpu, cuda or cuda:N.")
+    dtype: DTypeSetting = Field(
+        default="auto", description="Type of the matrix products; weights stay float32. auto: bfloat16 on CUDA."
+    )
+
+    log_every_steps: int = Field(default=10, ge=1)
+    eval_every_steps: int = Field(default=0, ge=0, description="0: at the end only.")
+    save_every_steps: int = Field(default=0, ge=0, description="0: when stopped only.")
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SupervisedConfig":
+        if self.tokenizer is None and self.model.path is None:
+            raise ValueError("tokenizer is missing: a model from scratch has none of its own")
+        if self.eval_data is not None and self.eval_share:
+            raise ValueError("give eval_data or eval_share, not both")
+        return self
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer asked for. CheckpointError if there is none."""
+        path = self.tokenizer or self.model.path
+        assert path is not None
+        return load_tokenizer(path, revision=None if self.tokenizer else self.model.revision)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """The encoder with this configuration's bounds and template."""
+        return Encoder(
+            tokenizer=tokenizer,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            transcript=self.transcript,
+        )
+
+    def total_steps(self, num_records: int) -> int:
+        """Updates in all."""
+        if self.max_steps is not None:
+            return self.max_steps
+        order = EpochOrder(num_records, batch_size=self.batch_size, seed=self.seed)
+        return max(1, round(order.steps_per_epoch * self.num_epochs))
+
+    def held_out(self, num_records: int) -> tuple[list[int], list[int]]:
+        """Record numbers to train on, and those of ``eval_share``: at least one if any is asked for."""
+        held_out = max(1, round(num_records * self.eval_share)) if self.eval_share else 0
+        return split_indices(num_records, held_out=held_out, seed=self.seed)
+
+
+class SupervisedTask(Protocol):
+    """What one stage adds to the loop."""
+
+    @property
+    def num_records(self) -> int:
+        """Records to train on."""
+        ...
+
+    def accumulate(self, records: list[int]) -> MetricSums:
+        """Adds the gradient of one batch, of these record numbers, to the parameters.
+
+        Its sums hold ``loss`` and ``num_tokens``, the tokens that went through the model.
+        """
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out data, under ``eval/``; empty without any."""
+        ...
+
+    def finish(self) -> dict[str, float]:
+        """Called after the last update, before the model is saved; further metrics for the result."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """How a stage ended. ``model_directory`` is None if it was stopped first; its checkpoint then lets it go on."""
+
+    num_steps: int
+    total_steps: int
+    stopped: bool
+    model_directory: Path | None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    config: SupervisedConfig,
+    task: SupervisedTask,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+) -> StageResult:
+    """Trains ``model`` (already on its device) to the end, or until the run is asked to stop."""
+    total_steps = config.total_steps(task.num_records)
+    order = EpochOrder(task.num_records, batch_size=config.batch_size, seed=config.seed)
+    optimizer = build_optimizer(config.optimizer, model)
+    store = CheckpointStore(run.directory / "checkpoints", keep=config.keep_checkpoints)
+    identity = {"num_records": task.num_records, "batch_size": config.batch_size, "seed": config.seed}
+    start = _resume(store, model, optimizer, identity, run)
+
+    def save(step: int) -> None:
+        state = {"optimizer": optimizer.state_dict(), "random": random_state(), "identity": identity}
+        store.save(step, state=state, write_files=lambda directory: write_model(directory, model, tokenizer))
+
+    window = _Window(MetricSums(), time.monotonic())
+    last_row: dict[str, float] = {}
+    for step in range(start, total_steps):
+        if run.stop_requested():
+            save(step)
+            run.progress(step, total_steps, "stopped")
+            return StageResult(num_steps=step, total_steps=total_steps, stopped=True, model_directory=None)
+        window.sums.merge(task.accumulate(order.batch(step)))
+        update = apply_update(optimizer, config.optimizer, step=step, total_steps=total_steps)
+        done = step + 1
+        row: dict[str, float] = {}
+        if done % config.log_every_steps == 0 or done == total_steps:
+            row |= window.close() | update | {"epoch": done / order.steps_per_epoch}
+            window = _Window(MetricSums(), time.monotonic())
+        if done == total_steps:
+            last_row = row  # waits for the final evaluation: a step has one row
+            break
+        if config.eval_every_steps and done % config.eval_every_steps == 0:
+            row |= task.evaluate()
+        if row:
+            run.log(done, row)
+        run.progress(done, total_steps, _progress(row))
+        if config.save_every_steps and done % config.save_every_steps == 0:
+            save(done)
+
+    run.progress(total_steps, total_steps, "evaluating")
+    final = task.evaluate() | task.finish()
+    run.log(total_steps, last_row | final)
+    directory = run.directory / "model"
+    save_model(directory, model, tokenizer, metadata={"step": total_steps, "metrics": _finite(final)})
+    run.progress(total_steps, total_steps, "done")
+    return StageResult(
+        num_steps=total_steps,
+        total_steps=total_steps,
+        stopped=False,
+        model_directory=directory,
+        metrics=last_row | final,
+    )
+
+
+@dataclass
+class _Window:
+    """Metrics of the updates since the last row."""
+
+    sums: MetricSums
+    since: float
+
+    def close(self) -> dict[str, float]:
+        seconds = time.monotonic() - self.since
+        means = self.sums.means()
+        means.pop("num_tokens")
+        num_tokens = float(self.sums.totals["num_tokens"])
+        return means | {"time/tokens_per_s": num_tokens / max(seconds, 1e-9), "time/s": seconds}
+
+
+def _resume(store: CheckpointStore, model: PreTrainedModel, optimizer: Any, identity: dict[str, int], run: Run) -> int:
+    checkpoint = store.latest()
+    if checkpoint is None:
+        if (run.directory / METRICS_FILE).exists():
+            run.rewind(0)
+        return 0
+    state = checkpoint.state()
+    if state.get("identity") != identity:
+        raise CheckpointError(
+            f"{checkpoint.directory} was made with {state.get('identity')}, but the run now has {identity}: "
+            "the order of the data would differ; use another run folder"
+        )
+    load_weights(model, checkpoint.directory)
+    optimizer.load_state_dict(state["optimizer"])
+    restore_random_state(state["random"])
+    run.rewind(checkpoint.step)
+    _log.info("going on from step %d", checkpoint.step)
+    return checkpoint.step
+
+
+def _progress(metrics: dict[str, float]) -> str:
+    return f"loss {metrics['loss']:.4f}" if "loss" in metrics else "training"
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if abs(value) < float("inf")}
