@@ -25,6 +25,15 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     return ()
 
 
+def dtype(folder: Path) -> str:
+    """Element type of the checkpoint as config.json names it, for example "bfloat16"; "auto" if it does not.
+
+    vLLM's own "auto" would turn float32 into bfloat16, and the policy would no longer be what is trained.
+    """
+    config = _read(folder / "config.json")
+    return str(config.get("dtype") or config.get("torch_dtype") or "auto").removeprefix("torch.")
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}

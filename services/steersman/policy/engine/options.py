@@ -1,6 +1,7 @@
 """What a vLLM engine is started with, and the environment that it needs before vLLM is imported."""
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ class EngineOptions:
     """How to start a vLLM engine.
 
     model: folder of a Hugging Face checkpoint with safetensors.
-    dtype: element type to compute in: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+    dtype: element type to compute in: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
     max_model_len: longest sequence in tokens; None takes the model's.
     max_num_seqs: samples that decode together.
     max_num_batched_tokens: tokens of one step; None takes vLLM's.
@@ -52,9 +53,17 @@ _DEFAULTS: Final = {
     # Nobody should find their training run reported to a third party.
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Its log records then reach our handlers and have our format, those of its processes included.
+    "VLLM_CONFIGURE_LOGGING": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+_NOISY_LOGGERS: Final = (
+    "vllm.v1.worker.cpu_worker",  # advises on LD_PRELOAD
+    "vllm.utils.torch_utils",  # remarks on the number of threads, which we set
+    "vllm.renderers.base",  # remarks on models without a tokenizer, which are served by token ids
+)
 
 
 def prepare_environment(options: EngineOptions, *, on_cpu: bool) -> None:
@@ -64,6 +73,9 @@ def prepare_environment(options: EngineOptions, *, on_cpu: bool) -> None:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel("ERROR")
     if on_cpu:
         # Eager execution costs no throughput on CPU, and the first request does not wait 10 s for a compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -58,9 +58,10 @@ def start_engine(options: EngineOptions) -> "VllmEngine":
     Raises `ValueError` when the model does not fit the options, and what vLLM raises when it cannot start.
     """
     plugin.register()
+    dtype = model_files.dtype(options.model) if options.dtype == "auto" else options.dtype
     arguments = AsyncEngineArgs(
         model=str(options.model),
-        dtype=options.dtype,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
         max_model_len=options.max_model_len,  # type: ignore[arg-type]
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
