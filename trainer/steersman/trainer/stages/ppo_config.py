@@ -1,0 +1,184 @@
+"""The settings of a PPO job. Every key is checked before anything starts; unknown keys are refused."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from steersman.trainer.checkpoint.models import ModelSource
+from steersman.trainer.data.encode import TranscriptTemplate
+from steersman.trainer.data.load import DataSettings
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServiceSettings(_Settings):
+    """Where the services are, and how patiently they are used."""
+
+    policies: tuple[str, ...] = Field(
+        default=("127.0.0.1:50051",), min_length=1, description="host:port of each policy replica."
+    )
+    reference: str = Field(default="127.0.0.1:50052", description="host:port, or several as SDK targets allow.")
+    reward: str = Field(default="127.0.0.1:50053", description="host:port, or several as SDK targets allow.")
+    scorer: str = Field(default="", description="Name of the scorer; empty is the reward server's default.")
+    reward_input: Literal["tokens", "text"] = Field(
+        default="tokens", description="tokens if the reward model shares the policy's tokenizer, else text."
+    )
+    truncate_prompt: bool = Field(
+        default=False, description="Let the reward service shorten prompts that are too long for its model."
+    )
+    max_in_flight: int = Field(default=256, ge=1, description="Samples under way at one policy replica.")
+    call_items: int = Field(default=32, ge=1, le=1024, description="Completions in one call to reward or reference.")
+    call_concurrency: int = Field(default=2, ge=1, description="Calls under way at reward, and at reference.")
+    item_attempts: int = Field(default=3, ge=1, description="Tries of an item that failed by itself.")
+    give_up_seconds: Positive = Field(default=1800.0, description="How long a service may stay away.")
+    backoff_seconds: Positive = Field(default=0.25, description="First wait after a failure; doubles each time.")
+    max_backoff_seconds: Positive = Field(default=5.0, description="Longest wait between two tries.")
+
+
+class SamplingConfig(_Settings):
+    """How responses are drawn. Always from the whole distribution: no nucleus, no top-k."""
+
+    max_tokens: int = Field(default=64, ge=1, description="Longest response, end-of-sequence included.")
+    temperature: Positive = Field(default=1.0, description="Of the softmax; all log-probs are taken at it.")
+    samples_per_prompt: int = Field(default=1, ge=1, le=256)
+    min_tokens: int = Field(default=0, ge=0, description="No end-of-sequence before so many tokens.")
+    ignore_eos: bool = Field(default=False, description="Go on to max_tokens: responses of fixed length.")
+
+
+class KlSettings(_Settings):
+    """What keeps the policy near the reference."""
+
+    coefficient: float = Field(default=0.05, ge=0)
+    place: Literal["reward", "loss"] = Field(default="reward", description="In the token rewards or in the loss.")
+    estimator: Literal["k1", "k2", "k3"] | None = Field(
+        default=None, description="Default: k1 in the reward, k2 in the loss (where k1 has no gradient)."
+    )
+    target: Positive | None = Field(
+        default=None, description="KL per sequence, in nats, to steer to; None keeps the coefficient fixed."
+    )
+    horizon: int = Field(default=10_000, ge=1, description="Samples in which the controller corrects.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError("estimator is k1, must be k2 or k3 in a loss: the expected gradient of k1 is zero")
+        if self.target is not None and self.coefficient == 0:
+            raise ValueError("coefficient is 0, must be above 0 when target is set: it is changed by factors")
+        return self
+
+
+class EvaluationSettings(_Settings):
+    """Scores on held-out prompts while training."""
+
+    prompts: DataSettings
+    interval: int = Field(default=20, ge=1, description="Steps between evaluations; also at the last step.")
+    num_prompts: int = Field(default=64, ge=1)
+
+
+class PpoConfig(_Settings):
+    """A PPO job.
+
+    The batch of a step is `prompts_per_step * sampling.samples_per_prompt` samples. It is gone through
+    `num_epochs` times, in `num_minibatches` optimizer steps each; each of these adds up gradients over
+    micro-batches of at most `micro_batch_tokens` padded tokens, which changes nothing but memory and time.
+    """
+
+    actor: ModelSource
+    critic: ModelSource | None = Field(
+        default=None, description="Where the critic starts, best the reward model; None: the actor with a fresh head."
+    )
+    tokenizer: str | None = Field(default=None, description="Directory or hub id; default: actor.path.")
+    prompts: DataSettings
+    transcript: TranscriptTemplate = TranscriptTemplate()
+    max_prompt_tokens: int = Field(default=512, ge=1, description="Longer prompts lose their oldest tokens.")
+    services: ServiceSettings = ServiceSettings()
+    sampling: SamplingConfig = SamplingConfig()
+
+    total_steps: int = Field(default=100, ge=1, description="Batches to train on.")
+    prompts_per_step: int = Field(default=64, ge=1)
+    num_epochs: int = Field(default=1, ge=1, description="Passes over each batch.")
+    num_minibatches: int = Field(default=1, ge=1, description="Optimizer steps in a pass.")
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens in one forward pass.")
+    retained_tokens: int = Field(
+        default=16_384,
+        ge=0,
+        description="Padded tokens whose activations may be alive at once when a batch is one optimizer step: so many "
+        "need one forward pass instead of two.",
+    )
+    max_staleness: Literal[0, 1] = Field(
+        default=1,
+        description="0: responses are drawn by the weights that they train. 1: the next batch is drawn during the "
+        "update, by weights up to one step older; importance weights correct for it.",
+    )
+
+    learning_rate: Positive = 1e-5
+    critic_learning_rate: Positive = 1e-5
+    schedule: Literal["constant", "linear"] = Field(default="constant", description="linear goes down to zero.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps in which the rates rise from zero.")
+    critic_warmup_steps: int = Field(default=0, ge=0, description="First steps, in which only the critic learns.")
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[Share, Share] = (0.9, 0.95)
+    adam_epsilon: Positive = 1e-5
+    max_grad_norm: Positive | None = 1.0
+
+    gamma: Share = 1.0
+    lam: Share = 0.95
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: Positive | None = Field(default=None, description="Default: clip_low.")
+    value_clip: Positive | None = 0.2
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    kl: KlSettings = KlSettings()
+    missing_eos_penalty: float | None = Field(
+        default=None, ge=0, description="Taken off the score of a response that was cut off."
+    )
+    missing_eos_mode: Literal["subtract", "replace"] = "subtract"
+    score_clip: Positive | None = Field(default=None, description="Scores are held within [-score_clip, score_clip].")
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    importance_cap: Positive | None = Field(
+        default=2.0, description="Truncated importance sampling; None measures the mismatch and corrects nothing."
+    )
+    exact_entropy: bool = Field(
+        default=False, description="Also log policy/entropy_avg over the whole vocabulary; costs a few per cent."
+    )
+
+    seed: int = 0
+    device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of matrix products; parameters and optimizer stay float32."
+    )
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's choice.")
+    fast_linear: bool = Field(
+        default=True, description="On CPUs, float32 matrix products through oneDNN where torch offers it."
+    )
+    checkpoint_interval: int = Field(default=20, ge=1, description="Steps between checkpoints.")
+    checkpoints_kept: int = Field(default=2, ge=1)
+    samples_logged: int = Field(default=2, ge=0, description="Random samples of a step written to samples.jsonl.")
+    max_dropped_share: Share = Field(
+        default=0.5, description="The job fails when a larger share of a batch had to be dropped."
+    )
+    evaluation: EvaluationSettings | None = None
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples in the batch of one step, if none is dropped."""
+        return self.prompts_per_step * self.sampling.samples_per_prompt
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.num_minibatches > self.samples_per_step:
+            raise ValueError(
+                f"num_minibatches is {self.num_minibatches}, must be at most {self.samples_per_step}, the samples of a step"
+            )
+        if self.sampling.ignore_eos and self.missing_eos_penalty is not None:
+            raise ValueError(
+                "missing_eos_penalty must be left out when sampling.ignore_eos is set: no response ends itself"
+            )
+        if self.tokenizer is None and self.actor.path is None:
+            raise ValueError("tokenizer is missing, must be given when actor has no path")
+        return self

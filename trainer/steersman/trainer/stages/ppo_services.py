@@ -1,0 +1,216 @@
+"""The network side of PPO, on an event loop in a thread of its own.
+
+The main thread computes; it hands over prompts and weights, and gets futures. Nothing that takes long ever runs on
+the loop, and no torch computation of the update runs beside the main thread.
+"""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from steersman.client import (
+    AsyncPolicyClient,
+    AsyncReferenceClient,
+    AsyncRewardClient,
+    AsyncWeightClient,
+    ChannelSettings,
+    Overlength,
+)
+from steersman.trainer.retry import Backoff, Waits, retry
+from steersman.trainer.rollout.adapters import GrpcPolicy, GrpcReference, GrpcReward
+from steersman.trainer.rollout.collector import Collector, CollectorSettings
+from steersman.trainer.rollout.types import Prompt, RolloutBatch, SamplingSettings
+from steersman.trainer.stages.ppo_config import PpoConfig
+from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.publisher import Publisher, PublishReport
+from steersman.wire.identity import ModelInfo
+
+T = TypeVar("T")
+
+
+class Services(Protocol):
+    """What the PPO loop asks of the network. Tests stand in for it."""
+
+    def collect(self, prompts: Sequence[Prompt]) -> "Future[RolloutBatch]":
+        """Starts a batch."""
+        ...
+
+    def publish(self, image: WeightImage) -> "Future[PublishReport]":
+        """Starts to push weights to every replica."""
+        ...
+
+    def waiting(self) -> str:
+        """What is being waited for, for the progress line; empty if nothing is away."""
+        ...
+
+    def close(self) -> None:
+        """Ends everything under way."""
+        ...
+
+
+class LoopThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="steersman-network", daemon=True)
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Runs `work` on the loop. Cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """Cancels what still runs and ends the thread."""
+        if self._thread.is_alive():
+            self.start(_cancel_others()).result(timeout_seconds)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout_seconds)
+        self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+class GrpcServices:
+    """`Services` over gRPC. Use as a context manager."""
+
+    def __init__(self, config: PpoConfig, *, run_id: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self._config = config
+        self._run_id = run_id
+        self._tokenizer = tokenizer
+        self._waits = Waits()
+        settings = config.services
+        self._backoff = Backoff(
+            initial_seconds=settings.backoff_seconds,
+            max_seconds=settings.max_backoff_seconds,
+            give_up_seconds=settings.give_up_seconds,
+        )
+        self._thread = LoopThread()
+        self._stack = AsyncExitStack()
+        self._publisher: Publisher
+        self._collector: Collector
+        try:
+            self._thread.start(self._open()).result()
+        except BaseException:
+            self._thread.close()
+            raise
+
+    def check(self) -> "Future[None]":
+        """Asks every service for its model, waiting for those that are away.
+
+        ValueError if one cannot hold the sequences of the job, or numbers its tokens otherwise.
+        """
+        return self._thread.start(self._check())
+
+    def collect(self, prompts: Sequence[Prompt]) -> "Future[RolloutBatch]":
+        """Starts a batch."""
+        return self._thread.start(self._collector.collect(prompts))
+
+    def publish(self, image: WeightImage) -> "Future[PublishReport]":
+        """Starts to push weights to every replica."""
+        return self._thread.start(self._publisher.publish(image))
+
+    def waiting(self) -> str:
+        """What is being waited for."""
+        return self._waits.text()
+
+    def close(self) -> None:
+        """Ends everything under way and closes the channels."""
+        try:
+            self._thread.start(self._close()).result(10.0)
+        finally:
+            self._thread.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _open(self) -> None:
+        config, settings = self._config, self._config.services
+        # No retries inside the channel: what comes back must get its weights before a prompt reaches it.
+        once = ChannelSettings(retry_attempts=1)
+        enter = self._stack.enter_async_context
+        self._policies = [await enter(AsyncPolicyClient(t, settings=once)) for t in settings.policies]
+        weights = [await enter(AsyncWeightClient(t, settings=once)) for t in settings.policies]
+        self._reference = await enter(AsyncReferenceClient(settings.reference))
+        self._reward = await enter(AsyncRewardClient(settings.reward))
+        self._publisher = Publisher(
+            weights,
+            run_id=self._run_id,
+            max_staleness=config.max_staleness,
+            backoff=self._backoff,
+            waits=self._waits,
+        )
+        self._collector = Collector(
+            [GrpcPolicy(client=client) for client in self._policies],
+            self._reward_port(),
+            GrpcReference(client=self._reference),
+            self._publisher,
+            settings=CollectorSettings(
+                sampling=SamplingSettings(
+                    num_samples=config.sampling.samples_per_prompt,
+                    temperature=config.sampling.temperature,
+                    max_tokens=config.sampling.max_tokens,
+                    min_tokens=config.sampling.min_tokens,
+                    ignore_eos=config.sampling.ignore_eos,
+                ),
+                backoff=self._backoff,
+                max_in_flight=settings.max_in_flight,
+                call_items=settings.call_items,
+                call_concurrency=settings.call_concurrency,
+                item_attempts=settings.item_attempts,
+            ),
+            waits=self._waits,
+        )
+
+    def _reward_port(self) -> GrpcReward:
+        settings, tokenizer = self._config.services, self._tokenizer
+        overlength = Overlength.TRUNCATE_PROMPT if settings.truncate_prompt else Overlength.FAIL
+        if settings.reward_input == "tokens":
+            return GrpcReward(client=self._reward, scorer=settings.scorer, overlength=overlength)
+        if tokenizer is None:
+            raise ValueError("services.reward_input is text, which needs a tokenizer")
+        return GrpcReward(
+            client=self._reward,
+            scorer=settings.scorer,
+            overlength=overlength,
+            decode_prompt=lambda ids: str(tokenizer.decode(ids.tolist())),
+            decode_response=lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+        )
+
+    async def _check(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for client in self._policies:
+                group.create_task(self._check_model("policy", client))
+            group.create_task(self._check_model("reference", self._reference))
+
+    async def _check_model(self, name: str, client: AsyncPolicyClient | AsyncReferenceClient) -> None:
+        async def ask() -> ModelInfo:
+            return await client.model(timeout=10.0)
+
+        model = await retry(ask, what=f"{name} at {client.target}", backoff=self._backoff, waits=self._waits)
+        longest = self._config.max_prompt_tokens + self._config.sampling.max_tokens
+        if 0 < model.max_sequence_tokens < longest:
+            raise ValueError(
+                f"max_prompt_tokens + sampling.max_tokens is {longest}, must be at most {model.max_sequence_tokens}, "
+                f"which the {name} at {client.target} accepts"
+            )
+
+    async def _close(self) -> None:
+        await self._collector.close()
+        await self._stack.aclose()
