@@ -48,10 +48,10 @@ def equal(a, b):
 
 
 def test_it_learns_and_leaves_a_model_that_loads(config, tmp_path):
-    result = run_in(tmp_path / "run", config.model_copy(update={"max_steps": 40}))
+    result = run_in(tmp_path / "run", config.model_copy(update={"max_steps": 80}))
     verify(result.model_directory)
     rows = read_rows(tmp_path / "run" / METRICS_FILE)
-    assert [row["step"] for row in rows] == list(range(2, 41, 2))
+    assert [row["step"] for row in rows] == list(range(2, 81, 2))
     assert rows[0]["loss"] > 3.0
     # Only where the response ends cannot be known.
     assert rows[-1]["eval/loss"] < 0.8
