@@ -108,9 +108,8 @@ class JobView:
             case JobProgress(step=step, total_steps=total, message=message):
                 return f"step {step}/{total or '?'}: {message}"
             case StepMetrics(step=step, values=values):
-                return f"step {step}: " + "  ".join(
-                    f"{name}={value:.4g}" for name, value in key_metrics(values).items()
-                )
+                numbers = "  ".join(f"{name}={value:.4g}" for name, value in key_metrics(values).items())
+                return f"step {step}: {numbers}"
 
     def __rich__(self) -> RenderableType:
         numbers = Table.grid(padding=(0, 2))

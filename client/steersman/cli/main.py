@@ -1,4 +1,4 @@
-"""The `steersman` command: what each command takes. What it does lies in the module of its name, imported when it runs."""
+"""The `steersman` command: what each command takes. What it does lies in modules imported when it runs."""
 
 from importlib import metadata
 from pathlib import Path
@@ -80,15 +80,13 @@ def up(
     The file names the services and their settings:
 
         services:
-
           policy: {model: runs/sft/model}
-
           reward: {model: runs/reward/model}
-
           policy-2: {service: policy, model: runs/sft/model, port: 50061}
 
-    Ports default to 50051 (policy), 50052 (reference), 50053 (reward), 50054 (trainer). If a service does not come up or
-    ends by itself, all are stopped, its last lines are shown, and the exit status is 1.
+    Ports default to 50051 (policy), 50052 (reference), 50053 (reward) and 50054 (trainer).
+    If a service does not come up or ends by itself, all are stopped, its last lines are shown,
+    and the exit status is 1.
     """
     from steersman.cli import up as implementation
 
@@ -189,9 +187,7 @@ def score(
     source: Annotated[
         Path | None, typer.Option("--input", "-i", help="JSONL with prompt and response in each row; - is stdin.")
     ] = None,
-    target: Annotated[Path, typer.Option("--output", "-o", help="JSONL with one score a row; - is stdout.")] = Path(
-        "-"
-    ),
+    target: Annotated[Path, typer.Option("--output", "-o", help="JSONL, a score a row; - is stdout.")] = Path("-"),
     address: RewardAddress = DEFAULT_ADDRESSES["reward"],
     scorer: Annotated[str, typer.Option(help="Name of the scorer. Default: the server's.")] = "",
     overlength: Annotated[Overlength, typer.Option(help="What to do with too long items.")] = Overlength.FAIL,
@@ -200,8 +196,9 @@ def score(
 ) -> None:
     """Score responses: inline, or a JSONL file.
 
-    A row has `prompt` and `response` (both text, or both token ids, or a list of messages and a reply), and may have `id`
-    and `context`. Rows of the output keep the order, and hold `score` or `error`. The exit status is 1 if an item failed.
+    A row has `prompt` and `response` (both text, or both token ids, or a list of messages and
+    a reply), and may have `id` and `context`. Rows of the output keep the order, and hold `score`
+    or `error`. The exit status is 1 if an item failed.
     """
     from steersman.cli import score as implementation
     from steersman.client.reward import RewardClient

@@ -82,7 +82,7 @@ def look_at_all(targets: dict[str, str], credentials: Credentials | None, timeou
     """One row for each address of each service, asked side by side. `a:1,b:2` are two addresses."""
     places = [(service, part.strip()) for service, target in targets.items() for part in target.split(",")]
     with ThreadPoolExecutor(max_workers=16) as pool:
-        return list(pool.map(lambda place: look(*place, credentials, timeout), places))
+        return list(pool.map(lambda place: look(place[0], place[1], credentials, timeout), places))
 
 
 def table(rows: list[Row]) -> Table:
