@@ -1,0 +1,53 @@
+"""All benchmarks, with what their figures mean and must reach."""
+
+from benchmarks.context import Benchmark
+from benchmarks.figures import Target
+
+BENCHMARKS: tuple[Benchmark, ...] = (
+    Benchmark(
+        name="logprobs",
+        module="benchmarks.logprob_agreement",
+        targets={
+            "logprob_max_abs_diff_fp32": Target(
+                what="largest difference between the log-probs of policy (vLLM), reference and trainer, same weights "
+                "and tokens, float32, nats",
+                at_most=1e-4,
+            ),
+        },
+    ),
+    Benchmark(
+        name="scoring",
+        module="benchmarks.scoring",
+        targets={
+            "score_grpc_vs_inprocess": Target(
+                what="scores per second through the reward service over gRPC, against the same model called in "
+                "process on the same batches",
+                at_least=0.9,
+            ),
+        },
+    ),
+    Benchmark(
+        name="ppo",
+        module="benchmarks.ppo",
+        targets={
+            "ppo_samples_per_s_vs_trl_fixed": Target(
+                what="PPO samples per second against TRL's PPOTrainer, all responses of full length",
+                at_least=1.5,
+            ),
+            "ppo_samples_per_s_vs_trl_natural": Target(
+                what="PPO samples per second against TRL's PPOTrainer, responses end at EOS, on average after a quarter "
+                "of the limit",
+                at_least=3.0,
+            ),
+        },
+    ),
+)
+
+
+def select(names: list[str]) -> list[Benchmark]:
+    """The benchmarks of those names, all of them for no names. ValueError names one that does not exist."""
+    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no benchmark {name!r}: choose from {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)] if names else list(BENCHMARKS)
