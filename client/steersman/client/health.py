@@ -75,13 +75,14 @@ class HealthClient(Client):
         end = time.monotonic() + timeout
         while True:
             try:
-                status: object = self.check(timeout=min(2.0, max(end - time.monotonic(), 0.1)))
+                status = self.check(timeout=min(2.0, max(end - time.monotonic(), 0.1)))
+                if status is ServingStatus.SERVING:
+                    return
+                found = status.name
             except SteersmanError as error:
-                status = error
-            if status is ServingStatus.SERVING:
-                return
+                found = str(error)
             if time.monotonic() >= end:
-                message = f"{self.target} is not serving after {timeout:g} s ({status})"
+                message = f"{self.target} is not serving after {timeout:g} s ({found})"
                 raise SteersmanError(None, message, code=Code.DEADLINE_EXCEEDED)
             time.sleep(0.2)
 

@@ -7,9 +7,14 @@ publisher's business; these are thin.
 """
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, timedelta
 from typing import Any, Final
+
+import grpc
+import grpc.aio
 
 from steersman.client.calls import AsyncClient, Client, call_metadata, translated
 from steersman.client.types import (
@@ -37,6 +42,7 @@ _KV_CACHE: Final = {
     KvCachePolicy.KEEP: weights_pb2.KV_CACHE_POLICY_KEEP,
     KvCachePolicy.RECOMPUTE: weights_pb2.KV_CACHE_POLICY_RECOMPUTE,
 }
+_WRITE_FAILED: Final = "Internal error from Core"
 # Staging hashes all weights, activation waits for the engine: both may take long on large models.
 _TRANSACTION_TIMEOUT: Final = 600.0
 
@@ -123,6 +129,44 @@ async def _each(chunks: AsyncIterable[WeightChunk] | Iterable[WeightChunk]) -> A
             yield chunk
 
 
+class _Endings:
+    """How an asyncio call with a request stream ended, as the server said it.
+
+    When the server ends a call while a message is being written, grpc.aio sets the status twice: to what the server
+    sent, and to INTERNAL ("Internal error from Core") for the failed write, in either order. What the server sent is
+    the truth, so every status is noted when it is set.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._seen: list[grpc.aio.AioRpcError] = []
+        call.add_done_callback(self._note)
+
+    def _note(self, call: Any) -> None:
+        # The status is there when this is called, so these coroutines end without waiting.
+        code, details, trailer = (_now(part()) for part in (call.code, call.details, call.trailing_metadata))
+        self._seen.append(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailer, details, None))
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Replaces the error of a failed write by the server's."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            told = [
+                end for end in self._seen if end.details() != _WRITE_FAILED and end.code() is not grpc.StatusCode.OK
+            ]
+            raise (told[0] if told else error) from None
+
+
+def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise RuntimeError("the call has no status yet")
+
+
 class AsyncWeightClient(AsyncClient):
     """Asyncio client of the weight service of one replica. Calls have 600 s unless `timeout` says otherwise."""
 
@@ -161,18 +205,19 @@ class AsyncWeightClient(AsyncClient):
         """
         metadata = call_metadata()
         call = self._stub.PushChunks(timeout=self._deadline(timeout).remaining(), metadata=metadata)
+        ends = _Endings(call)
         try:
             first = push_id
             async for chunk in _each(chunks):
                 try:
-                    with translated(self.target, metadata):
-                        await call.write(chunk_request(first, chunk))
-                except asyncio.InvalidStateError:
-                    break  # the server has ended the call; awaiting it tells why
+                    await call.write(chunk_request(first, chunk))
+                except (asyncio.InvalidStateError, grpc.RpcError):
+                    break  # the server ended the call; awaiting it tells why
                 first = ""
-            with translated(self.target, metadata):
-                if not call.done():
+            else:
+                with translated(self.target, metadata), contextlib.suppress(asyncio.InvalidStateError):
                     await call.done_writing()
+            with translated(self.target, metadata), ends.told():
                 return _receipt(await call)
         finally:
             call.cancel()
