@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steersman.trainer.checkpoint.models import ModelSource
 from steersman.trainer.data.encode import TranscriptTemplate
 from steersman.trainer.data.load import DataSettings
+from steersman.trainer.stages.optim import OptimizerConfig
+from steersman.trainer.stages.placement import DTypeSetting
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -14,6 +16,11 @@ Positive = Annotated[float, Field(gt=0)]
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _ppo_optimizer() -> OptimizerConfig:
+    # Epsilon 1e-5 as in OpenAI's PPO (arXiv 2403.17031, "Adam's epsilon"); a short memory, because the target moves.
+    return OptimizerConfig(learning_rate=1e-5, schedule="constant", beta2=0.95, epsilon=1e-5)
 
 
 class ServiceSettings(_Settings):
@@ -76,7 +83,7 @@ class EvaluationSettings(_Settings):
     """Scores on held-out prompts while training."""
 
     prompts: DataSettings
-    interval: int = Field(default=20, ge=1, description="Steps between evaluations; also at the last step.")
+    every_steps: int = Field(default=20, ge=1, description="Steps between evaluations; also at the last step.")
     num_prompts: int = Field(default=64, ge=1)
 
 
@@ -88,6 +95,7 @@ class PpoConfig(_Settings):
     micro-batches of at most `micro_batch_tokens` padded tokens, which changes nothing but memory and time.
     """
 
+    kind: Literal["ppo"] = "ppo"
     actor: ModelSource
     critic: ModelSource | None = Field(
         default=None, description="Where the critic starts, best the reward model; None: the actor with a fresh head."
@@ -116,15 +124,9 @@ class PpoConfig(_Settings):
         "update, by weights up to one step older; importance weights correct for it.",
     )
 
-    learning_rate: Positive = 1e-5
-    critic_learning_rate: Positive = 1e-5
-    schedule: Literal["constant", "linear"] = Field(default="constant", description="linear goes down to zero.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps in which the rates rise from zero.")
+    optimizer: OptimizerConfig = Field(default_factory=_ppo_optimizer, description="Of the actor.")
+    critic_optimizer: OptimizerConfig = Field(default_factory=_ppo_optimizer)
     critic_warmup_steps: int = Field(default=0, ge=0, description="First steps, in which only the critic learns.")
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[Share, Share] = (0.9, 0.95)
-    adam_epsilon: Positive = 1e-5
-    max_grad_norm: Positive | None = 1.0
 
     gamma: Share = 1.0
     lam: Share = 0.95
@@ -149,15 +151,15 @@ class PpoConfig(_Settings):
 
     seed: int = 0
     device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
-    compute_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="Of matrix products; parameters and optimizer stay float32."
+    dtype: DTypeSetting = Field(
+        default="auto", description="Of matrix products: bfloat16 on CUDA, else float32; weights stay float32."
     )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads; default: torch's choice.")
     fast_linear: bool = Field(
         default=True, description="On CPUs, float32 matrix products through oneDNN where torch offers it."
     )
-    checkpoint_interval: int = Field(default=20, ge=1, description="Steps between checkpoints.")
-    checkpoints_kept: int = Field(default=2, ge=1)
+    save_every_steps: int = Field(default=20, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1)
     samples_logged: int = Field(default=2, ge=0, description="Random samples of a step written to samples.jsonl.")
     max_dropped_share: Share = Field(
         default=0.5, description="The job fails when a larger share of a batch had to be dropped."
@@ -173,7 +175,8 @@ class PpoConfig(_Settings):
     def _fits(self) -> Self:
         if self.num_minibatches > self.samples_per_step:
             raise ValueError(
-                f"num_minibatches is {self.num_minibatches}, must be at most {self.samples_per_step}, the samples of a step"
+                f"num_minibatches is {self.num_minibatches}, must be at most the "
+                f"{self.samples_per_step} samples of a step"
             )
         if self.sampling.ignore_eos and self.missing_eos_penalty is not None:
             raise ValueError(

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
@@ -27,6 +26,8 @@ from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
 from steersman.trainer.checkpoint.models import hidden_states, lm_head, score_head
 from steersman.trainer.data.batches import micro_batches
 from steersman.trainer.rollout.types import Rollout
+from steersman.trainer.stages.optim import apply_update, build_optimizer
+from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
 from steersman.trainer.stages.ppo_config import PpoConfig
 
@@ -63,10 +64,13 @@ class PpoLearner:
         self._config = config
         self._device = next(actor.parameters()).device
         self._head, self._value_head = lm_head(actor), score_head(critic)
+        self._placement = place(str(self._device), config.dtype)
+        self._settings = {"actor": config.optimizer, "critic": config.critic_optimizer}
         self._optimizers = {
-            "actor": self._optimizer(actor, config.learning_rate),
-            "critic": self._optimizer(critic, config.critic_learning_rate),
+            "actor": build_optimizer(config.optimizer, actor),
+            "critic": build_optimizer(config.critic_optimizer, critic),
         }
+        self._lr = dict.fromkeys(self._optimizers, 0.0)
 
     def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
         """Trains on one batch; gives its metrics. `step` counts from 0 and sets the learning rates."""
@@ -87,7 +91,6 @@ class PpoLearner:
             pending.append((micro, outputs if retain else None))
         targets, metrics = make_targets(data, old_BT, values_BT, config=config, kl_coef=kl_coef)
 
-        self._set_learning_rates(step)
         sums = MetricSums()
         ratios: list[float] = []
         norms: dict[str, list[float]] = {"actor": [], "critic": []}
@@ -108,9 +111,10 @@ class PpoLearner:
             "val/clipfrac_avg": means["value/clipfrac"],
             "val/ratio": ratio_mean,
             "val/ratio_var": sum((ratio - ratio_mean) ** 2 for ratio in ratios) / len(ratios),
-            "policy/grad_norm": sum(norms["actor"]) / len(norms["actor"]),
+            "policy/grad_norm": sum(norms["actor"]) / max(len(norms["actor"]), 1),
             "val/grad_norm": sum(norms["critic"]) / len(norms["critic"]),
-            "lr": self._optimizers["actor"].param_groups[0]["lr"],
+            "lr": self._lr["actor"],
+            "lr/critic": self._lr["critic"],
             **({"policy/entropy_avg": means["entropy"]} if "entropy" in means else {}),
             **({"loss/kl_avg": means["policy/kl_loss"]} if "policy/kl_loss" in means else {}),
         }
@@ -147,16 +151,13 @@ class PpoLearner:
             del outputs
             loss.backward()  # type: ignore[no-untyped-call]
         ratios.append(float(ratio_sum) / num_tokens)
-        for name, model in (("actor", self.actor), ("critic", self.critic)):
+        for name, optimizer in self._optimizers.items():
             if name == "actor" and step < self._config.critic_warmup_steps:
-                norms[name].append(0.0)
+                optimizer.zero_grad(set_to_none=True)
                 continue
-            limit = self._config.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit if limit is not None else float("inf"))
-            norms[name].append(float(norm))
-            if not norm.isfinite():
-                raise FloatingPointError(f"the gradient of the {name} is {float(norm)}: lower its learning rate")
-            self._optimizers[name].step()
+            applied = apply_update(optimizer, self._settings[name], step=step, total_steps=self._config.total_steps)
+            self._lr[name] = applied["lr"]
+            norms[name].append(applied["grad_norm"])
 
     def _losses(
         self,
@@ -215,8 +216,7 @@ class PpoLearner:
 
     def _forward(self, micro: _Micro, *, grad: bool) -> _Outputs:
         config = self._config
-        autocast = torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=config.compute_dtype == "bfloat16")
-        with torch.set_grad_enabled(grad), autocast:
+        with torch.set_grad_enabled(grad), self._placement.autocast():
             states_tD = _at(hidden_states(self.actor, micro.ids_bW), micro.predicting_t)
             taken = logprobs_from_hidden(
                 states_tD,
@@ -261,26 +261,6 @@ class PpoLearner:
         random.Random(f"{self._config.seed}/{step}/{epoch}").shuffle(rows)
         count = min(self._config.num_minibatches, num_samples)
         return [rows[number::count] for number in range(count)]
-
-    def _set_learning_rates(self, step: int) -> None:
-        config = self._config
-        factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
-        if config.schedule == "linear":
-            factor *= 1.0 - step / config.total_steps
-        for name, rate in (("actor", config.learning_rate), ("critic", config.critic_learning_rate)):
-            for group in self._optimizers[name].param_groups:
-                group["lr"] = rate * factor
-
-    def _optimizer(self, model: PreTrainedModel, rate: float) -> AdamW:
-        config = self._config
-        return AdamW(
-            model.parameters(),
-            lr=rate,
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
 
 
 def _at(states_bWD: Tensor, positions_t: Tensor) -> Tensor:

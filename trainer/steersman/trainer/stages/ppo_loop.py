@@ -37,7 +37,6 @@ from steersman.trainer.checkpoint.models import (
     load_scalar_head,
     load_tokenizer,
     load_weights,
-    resolve_device,
     save_model,
     write_model,
 )
@@ -47,6 +46,7 @@ from steersman.trainer.data.batches import EpochOrder
 from steersman.trainer.data.encode import Encoder
 from steersman.trainer.data.load import DataSettings, load_prompts
 from steersman.trainer.rollout.types import Prompt, Rollout, RolloutBatch
+from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
 from steersman.trainer.stages.ppo_services import GrpcServices, Services
@@ -98,10 +98,10 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
 
 def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Actor and critic on the device of the settings."""
-    device = resolve_device(config.device)
+    placement = place(config.device, config.dtype)
     actor = load_actor(config.actor, seed=config.seed, tokenizer=tokenizer)
     critic = load_scalar_head(config.critic or config.actor, seed=config.seed, tokenizer=tokenizer)
-    return actor.to(device), critic.to(device)  # type: ignore[arg-type]
+    return placement.move(actor), placement.move(critic)
 
 
 class PromptStream:
@@ -161,7 +161,7 @@ class PpoLoop:
             if evaluation is not None
             else None
         )
-        self._store = CheckpointStore(run.directory / "checkpoints", keep=config.checkpoints_kept)
+        self._store = CheckpointStore(run.directory / "checkpoints", keep=config.keep_checkpoints)
         self._kl = _kl_controller(config)
         self._step = 0
         self._saved_step: int | None = None
@@ -236,7 +236,7 @@ class PpoLoop:
         self._metrics = metrics
         self._run.log(self._step, metrics)
         self._log_samples(batch.rollouts)
-        if self._step % config.checkpoint_interval == 0:
+        if self._step % config.save_every_steps == 0:
             self._checkpoint()
         self._progress(f"reward {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
         return ahead
@@ -251,7 +251,7 @@ class PpoLoop:
         settings = self._config.evaluation
         if self._held_out is None or settings is None:
             return {}
-        if self._step % settings.interval and self._step != self._config.total_steps:
+        if self._step % settings.every_steps and self._step != self._config.total_steps:
             return {}
         with self._timed("evaluation"):
             batch = self.wait_for(self._services.collect(self._held_out.batch(0)), "evaluating")
