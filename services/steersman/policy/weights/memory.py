@@ -1,5 +1,6 @@
 """Host memory that other processes of the same user can map."""
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -17,6 +18,9 @@ class HostCopy:
 
     def __init__(self, manifest: Manifest) -> None:
         """Takes and pre-faults the memory. Raises `MemoryError` if the host has too little."""
+        if manifest.nbytes > (available := _available_bytes()):
+            # The kernel would rather end some process than refuse.
+            raise MemoryError(f"{manifest.nbytes} bytes of host memory for weights, available are {available}")
         self._manifest = manifest
         self._file = os.memfd_create("steersman-weights", os.MFD_CLOEXEC)
         try:
@@ -39,3 +43,16 @@ class HostCopy:
         self.bytes.release()
         self._map.close()
         os.close(self._file)
+
+
+def _available_bytes() -> int:
+    """What the host and the container of this process still have."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no limit: no file, or the word "max"
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(stat["inactive_file"]))
+    return available
