@@ -1,6 +1,7 @@
 """`steersman train` and `steersman jobs`: submit, watch, list, cancel, resume."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -17,10 +18,23 @@ from steersman.client.types import Job, JobState
 from steersman.wire.errors import SteersmanError
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-5 is a number, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506  (it is a SafeLoader)
+
+
 def read_config(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Settings of a YAML file with `a.b=value` set on top; values are YAML. CommandError for what cannot be read."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = _parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise console.CommandError(f"{path}: is not valid YAML: {error}") from None
     config = {} if config is None else config
@@ -42,7 +56,7 @@ def apply_override(config: dict[str, Any], override: str) -> None:
         if not isinstance(config, dict):
             raise console.CommandError(f"--set {override}: {'.'.join(parents[:depth])} is a value, not a group")
     try:
-        config[last] = yaml.safe_load(text)
+        config[last] = _parse(text)
     except yaml.YAMLError:
         raise console.CommandError(f"--set {override}: {text!r} is not a YAML value") from None
 
