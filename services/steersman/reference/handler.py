@@ -1,5 +1,6 @@
 """Checks a request for log-probs, and sends its rows to the batcher that all callers share."""
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steersman.reference.engine.port import LogprobEngine, LogprobQuery, LogprobRow
-from steersman.serving.batching import Batcher, BatchingSettings, BatchObserver
+from steersman.serving.batching import Batcher, BatchingSettings, BatchObserver, Priority
 from steersman.serving.service import EngineDead
 from steersman.wire.errors import Reason, SteersmanError, invalid_field
 from steersman.wire.identity import ModelInfo
 from steersman.wire.limits import MAX_BATCH_ITEMS
 
-# Batches in a row of which every item failed: by then it is not the input.
-_DEAD_AFTER_FAILURES = 16
+# Runs of the model that failed one after the other, before it is asked for a sign of life.
+_SUSPECT_AFTER_FAILURES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,6 @@ class ReferenceHandler:
     ) -> None:
         self._engine = engine
         self._stall_seconds = stall_seconds
-        self._failures_in_a_row = 0
         self._batcher: Batcher[LogprobQuery, LogprobRow] = Batcher(
             self._compute, batching, name="reference", observer=observer
         )
@@ -55,8 +55,7 @@ class ReferenceHandler:
         """Runs a few batches on the worker, so that the first caller does not pay for the first use of a kernel."""
         longest = min(256, self.model.max_sequence_tokens)
         for length in sorted({min(16, longest), longest}):
-            ids = np.arange(length, dtype=np.int32) % self.model.vocab_size
-            await self._batcher.run([LogprobQuery(token_ids=ids, prompt_length=1)] * 2, [length] * 2)
+            await self._probe(length)
 
     async def compute_logprobs(self, request: LogprobRequest) -> list[LogprobRow]:
         """One row a sequence, in order.
@@ -77,24 +76,31 @@ class ReferenceHandler:
         ]
         return await self._batcher.run(queries, lengths)
 
-    def check_health(self) -> None:
-        """Raises ENGINE_UNAVAILABLE if the worker is stuck, `EngineDead` if the model only fails."""
-        if self._failures_in_a_row >= _DEAD_AFTER_FAILURES:
-            raise EngineDead(f"the last {self._failures_in_a_row} runs of the model failed")
+    async def check_health(self) -> None:
+        """Raises ENGINE_UNAVAILABLE if the worker is stuck, `EngineDead` if the model cannot compute any more."""
         self._batcher.check_health(self._stall_seconds)
+        if self._batcher.num_failures_in_a_row >= _SUSPECT_AFTER_FAILURES:
+            try:
+                await self._probe(2)
+            except Exception as error:
+                raise EngineDead("the model fails at everything") from error
 
     async def close(self) -> None:
         """Fails what waits and ends the worker."""
         await self._batcher.close()
 
+    async def _probe(self, num_tokens: int) -> None:
+        ids = np.arange(num_tokens, dtype=np.int32) % self.model.vocab_size
+        queries = [LogprobQuery(token_ids=ids, prompt_length=1)] * 2
+        futures = self._batcher.submit(queries, [num_tokens] * 2, priority=Priority.INTERACTIVE)
+        for outcome in await asyncio.gather(*futures, return_exceptions=True):
+            # A model that gives NaN does run: the calls fail, one by one, with that reason.
+            if isinstance(outcome, BaseException) and not isinstance(outcome, SteersmanError):
+                raise outcome
+
     def _compute(self, queries: Sequence[LogprobQuery]) -> list[LogprobRow | Exception]:
-        try:
-            rows = self._engine.compute(queries)
-        except Exception:
-            self._failures_in_a_row += 1
-            raise
-        self._failures_in_a_row = 0
-        return [row if _is_finite(row) else _not_finite() for row in rows]
+        """On the worker thread."""
+        return [row if _is_finite(row) else _not_finite() for row in self._engine.compute(queries)]
 
 
 def check(request: LogprobRequest, model: ModelInfo) -> list[int]:

@@ -51,7 +51,7 @@ class ReferenceService:
 
     async def check_health(self) -> None:
         """See `Service.check_health`."""
-        self._handler.check_health()
+        await self._handler.check_health()
 
     async def drain(self) -> None:
         """Nothing to hurry: calls that are in flight are answered from the queue."""

@@ -201,6 +201,7 @@ class Batcher(Generic[ItemT, ResultT]):
         # Written by the worker, read by anyone:
         self._busy_since: float | None = None
         self._tokens_per_s: float | None = None
+        self.num_failures_in_a_row = 0
         self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
         self._thread.start()
 
@@ -390,8 +391,10 @@ class Batcher(Generic[ItemT, ResultT]):
             results = self._run([entry.item for entry in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{self.name} returned {len(results)} results for {len(batch)} items")
+            self.num_failures_in_a_row = 0
             return list(results)
         except Exception as error:
+            self.num_failures_in_a_row += 1
             if len(batch) == 1:
                 _log.warning("an item of %s failed", self.name, exc_info=error)
                 return [error]

@@ -17,6 +17,8 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,16 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 
 # Stands for "no limit stated" where a configuration has none: longer than any message that could arrive.
 UNLIMITED_TOKENS: Final = 2**24
+
+# Any of these makes a tokenizer; without one of them transformers makes up an empty one.
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _CGROUP_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
@@ -67,6 +79,39 @@ def find_checkpoint(field: str, model: str, revision: str | None = None) -> Chec
         revision=commit if _COMMIT.fullmatch(commit) else "unknown",
         hub_revision=revision,
     )
+
+
+def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str) -> Any:
+    """The model of a checkpoint by one of transformers' auto classes, on the CPU; `field` names the setting in errors.
+
+    Raises `ValueError` if it cannot be loaded, or lacks weights, which transformers would fill with random numbers.
+    """
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model, loading = auto_class.from_pretrained(
+            found.source, revision=found.hub_revision or "main", dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{field}: cannot be loaded by {auto_class.__name__}: {error}") from None
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5])
+        raise ValueError(f"{field}: lacks the weights {shown}, allowed: a whole checkpoint, its head included")
+    return model
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer in a checkpoint folder or of a hub model; None if there is none."""
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError, KeyError, TypeError):
+        logger.warning("no tokenizer could be loaded from %s", source, exc_info=True)
+        return None
+    # What transformers makes up for a hub model without tokenizer files knows next to nothing.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 def digest_folder(folder: Path) -> str:

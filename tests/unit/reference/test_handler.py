@@ -108,22 +108,34 @@ async def test_nan_fails_the_call_that_has_it_and_no_other():
     await handler.close()
 
 
-async def test_an_engine_that_only_fails_is_dead_and_one_success_revives_it():
+async def test_an_engine_that_fails_at_everything_is_dead():
     engine = FakeEngine()
     handler = ReferenceHandler(engine, BatchingSettings())
     engine.error = RuntimeError("device lost")
-    for _ in range(15):
+    for _ in range(7):
         with pytest.raises(RuntimeError):
             await handler.compute_logprobs(LogprobRequest(token_ids=rows(GOOD)))
-    handler.check_health()
-    engine.error = None
-    await handler.compute_logprobs(LogprobRequest(token_ids=rows(GOOD)))
-    engine.error = RuntimeError("device lost")
-    for _ in range(16):
-        with pytest.raises(RuntimeError):
-            await handler.compute_logprobs(LogprobRequest(token_ids=rows(GOOD)))
+    await handler.check_health()
+    with pytest.raises(RuntimeError):
+        await handler.compute_logprobs(LogprobRequest(token_ids=rows(GOOD)))
     with pytest.raises(EngineDead):
-        handler.check_health()
+        await handler.check_health()
+    await handler.close()
+
+
+async def test_an_engine_that_fails_at_some_inputs_is_not_dead():
+    engine = FakeEngine()
+    handler = ReferenceHandler(engine, BatchingSettings())
+    engine.error = RuntimeError("out of memory")
+    for _ in range(8):
+        with pytest.raises(RuntimeError):
+            await handler.compute_logprobs(LogprobRequest(token_ids=rows(GOOD)))
+    engine.error = None
+    await handler.check_health()
+    num_batches = len(engine.batches)
+    # The sign of life was a success: it is not asked for again.
+    await handler.check_health()
+    assert len(engine.batches) == num_batches
     await handler.close()
 
 

@@ -20,6 +20,7 @@ from steersman.serving.models import (
     choose_device,
     eos_token_ids,
     find_checkpoint,
+    load_pretrained,
     pad_rows,
     pad_token_id,
     sequence_limit,
@@ -58,10 +59,7 @@ class TorchLogprobEngine:
         use_threads(settings.num_threads)
         device = choose_device("device", settings.device)
         found = find_checkpoint("model", settings.model, settings.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            found.source, revision=found.hub_revision or "main", dtype=settings.dtype
-        )
-        model = model.to(device)
+        model = load_pretrained("model", AutoModelForCausalLM, found, settings.dtype).to(device)
         info = ModelInfo(
             name=settings.name or found.name,
             revision=found.revision,

@@ -1,0 +1,40 @@
+"""What a model scorer needs of a model, free of gRPC, protobuf and torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steersman.wire.identity import ModelInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """Score = (raw - mean) / std, fitted when the model was trained and stored in its configuration."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def apply(self, raw: float) -> float:
+        """The normalised score."""
+        return (raw - self.mean) / self.std
+
+
+class ScoreEngine(Protocol):
+    """A scalar-head model. `score` blocks, and is called on one thread only."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """What is served."""
+        ...
+
+    @property
+    def normalization(self) -> Normalization:
+        """What the model's configuration says; the identity by default."""
+        ...
+
+    def score(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
+        """The raw score of each row of token ids, in order. Values are not checked: a broken model gives NaN."""
+        ...

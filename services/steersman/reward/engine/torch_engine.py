@@ -1,0 +1,129 @@
+"""Scores of a Hugging Face sequence classifier with one label, in PyTorch.
+
+A decoder's score is read at the last token of the row. Only that hidden state goes through the head, in float32: a
+bfloat16 head would round scores to two or three digits.
+
+The last token is the last one that was given. Transformers' own forward pass takes the last one that is not the padding
+id, which is another token when responses end with EOS and EOS is also the padding id.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from steersman.reward.engine.port import Normalization
+from steersman.reward.settings import ModelScorerSettings
+from steersman.serving.models import (
+    Checkpoint,
+    choose_device,
+    eos_token_ids,
+    find_checkpoint,
+    load_pretrained,
+    pad_rows,
+    pad_token_id,
+    sequence_limit,
+)
+from steersman.wire.identity import ModelInfo
+
+# Difference to the model's own forward pass, relative to the size of its scores, that rounding explains.
+_TOLERANCE: Final = 1e-3
+_TOLERANCE_HALF: Final = 0.05
+
+
+class TorchScoreEngine:
+    """A sequence classifier with one label, in evaluation mode, on one device."""
+
+    def __init__(self, model: Any, info: ModelInfo, *, normalization: Normalization | None = None) -> None:
+        """`model` is a `PreTrainedModel` for sequence classification."""
+        self.model = info
+        self.normalization = normalization or Normalization()
+        # How the model was trained to see text, if it says so: see `steersman.reward.text`.
+        self.encoding: str | None = getattr(model.config, "reward_encoding", None)
+        self._classifier = model.eval()
+        self._device = next(model.parameters()).device
+        self._pad_id = pad_token_id(model.config)
+        head = getattr(model, "score", None)
+        self._head_weight = head.weight.detach().float() if isinstance(head, torch.nn.Linear) else None
+        self._head_bias = head.bias.detach().float() if head is not None and head.bias is not None else None
+        self._transformer = model.base_model
+        self._reads_last_token = self._head_weight is not None and self._agrees_with_model()
+
+    @classmethod
+    def load(cls, field: str, settings: ModelScorerSettings) -> "TorchScoreEngine":
+        """Loads what the settings name. Raises `ValueError` that names the setting below `field` that is wrong."""
+        device = choose_device(f"{field}.device", settings.device)
+        found = find_checkpoint(f"{field}.model", settings.model, settings.revision)
+        model = _load_classifier(f"{field}.model", found, settings.dtype).to(device)
+        info = ModelInfo(
+            name=found.name,
+            revision=found.revision,
+            vocab_size=model.config.get_text_config().vocab_size,
+            max_sequence_tokens=sequence_limit(model.config, settings.max_sequence_tokens),
+            dtype=str(model.dtype).removeprefix("torch."),
+            eos_token_ids=eos_token_ids(model),
+        )
+        return cls(model, info, normalization=read_normalization(f"{field}.model", model.config))
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
+        """See `ScoreEngine.score`."""
+        return self._score_last_token(rows) if self._reads_last_token else self._score_by_model(rows)
+
+    def _score_last_token(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
+        assert self._head_weight is not None
+        hidden = self._transformer(input_ids=pad_rows(rows, self._pad_id, self._device), use_cache=False)
+        last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
+        hidden_last = hidden.last_hidden_state[torch.arange(len(rows), device=self._device), last].float()
+        scores = torch.nn.functional.linear(hidden_last, self._head_weight, self._head_bias)
+        return list(scores.squeeze(-1).tolist())
+
+    def _score_by_model(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
+        """By the model's own forward pass, for encoders and architectures with a head of their own."""
+        if self._classifier.config.get_text_config().pad_token_id is None and len(rows) > 1:
+            return [score for row in rows for score in self._score_by_model([row])]
+        mask = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            mask[index, : len(row)] = 1
+        input_ids = pad_rows(rows, self._pad_id, self._device)
+        logits = self._classifier(input_ids=input_ids, attention_mask=mask.to(self._device)).logits
+        return list(logits[:, 0].float().tolist())
+
+    @torch.inference_mode()
+    def _agrees_with_model(self) -> bool:
+        """Whether reading the last token gives what the model's own forward pass gives, padding or not."""
+        usable = [token for token in range(min(12, self.model.vocab_size)) if token != self._pad_id]
+        long = np.array(usable, np.int32)[: self.model.max_sequence_tokens]
+        rows = [long, long[: max(1, len(long) // 2)]]
+        try:
+            fast = self._score_last_token(rows)
+        except (TypeError, AttributeError, RuntimeError):
+            return False
+        own = [self._score_by_model([row])[0] for row in rows]
+        tolerance = _TOLERANCE if self._classifier.dtype == torch.float32 else _TOLERANCE_HALF
+        scale = max(1.0, *(abs(score) for score in own))
+        # Weights that give NaN either way agree: such a model is reported when it is used.
+        return all(
+            not math.isfinite(expected) or abs(score - expected) <= tolerance * scale
+            for score, expected in zip(fast, own, strict=True)
+        )
+
+
+def _load_classifier(field: str, found: Checkpoint, dtype: str) -> Any:
+    config = AutoConfig.from_pretrained(found.source, revision=found.hub_revision or "main")
+    if config.num_labels != 1:
+        raise ValueError(f"{field}: has {config.num_labels} labels, allowed: a sequence classifier with 1 label")
+    return load_pretrained(field, AutoModelForSequenceClassification, found, dtype)
+
+
+def read_normalization(field: str, config: Any) -> Normalization:
+    """`reward_mean` and `reward_std` of a model configuration. `ValueError` if they cannot be used."""
+    mean, std = getattr(config, "reward_mean", None), getattr(config, "reward_std", None)
+    normalization = Normalization(mean=0.0 if mean is None else float(mean), std=1.0 if std is None else float(std))
+    if not (math.isfinite(normalization.mean) and math.isfinite(normalization.std) and normalization.std > 0):
+        raise ValueError(f"{field}: reward_mean is {mean}, reward_std is {std}, allowed: finite, and std above 0")
+    return normalization

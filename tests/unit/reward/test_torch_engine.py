@@ -1,0 +1,155 @@
+"""The scalar-head engine against transformers' own forward pass, one row at a time, on tiny random models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
+
+from steersman.reward.engine.port import Normalization
+from steersman.reward.engine.torch_engine import TorchScoreEngine, read_normalization
+from steersman.reward.settings import ModelScorerSettings
+from steersman.wire.identity import ModelInfo
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "num_labels": 1,
+}
+INFO = ModelInfo(name="tiny", vocab_size=VOCAB, max_sequence_tokens=64)
+
+
+def tiny_qwen(**changes) -> Qwen2ForSequenceClassification:
+    torch.manual_seed(0)
+    config = Qwen2Config(**(SIZES | {"num_key_value_heads": 2, "pad_token_id": 0} | changes))
+    return Qwen2ForSequenceClassification(config).eval()
+
+
+def ragged(lengths: list[int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(1, VOCAB, length, dtype=np.int32) for length in lengths]
+
+
+@torch.no_grad()
+def plain_loop(model, rows: list[np.ndarray]) -> list[float]:
+    return [float(model(input_ids=torch.tensor([row.tolist()])).logits[0, 0]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (Qwen2ForSequenceClassification, Qwen2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)),
+        (Qwen2ForSequenceClassification, Qwen2Config(**SIZES, num_key_value_heads=2)),
+        (LlamaForSequenceClassification, LlamaConfig(**SIZES, pad_token_id=0)),
+        (
+            GPT2ForSequenceClassification,
+            GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
+        ),
+        (BertForSequenceClassification, BertConfig(**SIZES, pad_token_id=0)),
+    ],
+    ids=["qwen2", "qwen2-without-padding-id", "llama", "gpt2", "bert-an-encoder"],
+)
+def test_scores_of_ragged_rows(kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    rows = ragged([20, 3, 11, 1, 20, 64])
+    scores = TorchScoreEngine(model, INFO).score(rows)
+    np.testing.assert_allclose(scores, plain_loop(model, rows), atol=1e-5)
+    assert len(set(scores)) == len(scores)
+
+
+def test_the_last_token_counts_even_if_it_is_the_padding_id():
+    model = tiny_qwen(pad_token_id=2, eos_token_id=2)
+    row = np.array([5, 6, 7, 2], np.int32)
+    (score,) = TorchScoreEngine(model, INFO).score([row])
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([row.tolist()])).last_hidden_state[0, -1]
+        expected = float(model.score(hidden))
+    assert score == pytest.approx(expected, abs=1e-5)
+    # Transformers' own pooling stops before it.
+    assert score != pytest.approx(plain_loop(model, [row])[0], abs=1e-3)
+
+
+def test_only_last_tokens_reach_the_head():
+    model = tiny_qwen()
+    engine = TorchScoreEngine(model, INFO)
+    calls: list[int] = []
+    model.score.register_forward_hook(lambda module, args, output: calls.append(output.shape[0]))
+    engine.score(ragged([9, 5]))
+    assert calls == []
+
+
+def test_broken_weights_give_nan_rather_than_a_number():
+    model = tiny_qwen()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    scores = TorchScoreEngine(model, INFO).score(ragged([4, 6]))
+    assert all(math.isnan(score) for score in scores)
+
+
+def load(folder, **changes) -> TorchScoreEngine:
+    return TorchScoreEngine.load("scorers.tiny", ModelScorerSettings(model=str(folder), **changes))
+
+
+def test_load_reads_the_model_its_normalisation_and_its_encoding(tmp_path):
+    model = tiny_qwen()
+    model.config.reward_mean = 1.5
+    model.config.reward_std = 2.0
+    model.config.reward_encoding = "continuation"
+    model.save_pretrained(tmp_path / "tiny")
+    engine = load(tmp_path / "tiny", max_sequence_tokens=16)
+    assert engine.normalization == Normalization(mean=1.5, std=2.0)
+    assert engine.normalization.apply(3.5) == 1.0
+    assert engine.encoding == "continuation"
+    assert engine.model.name == "tiny"
+    assert engine.model.revision.startswith("sha256:")
+    assert engine.model.max_sequence_tokens == 16
+    rows = ragged([7])
+    np.testing.assert_allclose(engine.score(rows), plain_loop(model, rows), atol=1e-5)
+
+
+def test_a_bfloat16_model_keeps_a_float32_head(tmp_path):
+    model = tiny_qwen()
+    model.save_pretrained(tmp_path)
+    engine = load(tmp_path, dtype="bfloat16")
+    rows = ragged([30, 4, 17, 9])
+    scores = np.array(engine.score(rows))
+    assert np.abs(scores - plain_loop(model, rows)).max() < 0.5
+    as_bfloat16 = torch.tensor(scores).bfloat16().double().numpy()
+    assert (scores != as_bfloat16).any()
+
+
+def test_more_labels_than_one_are_refused(tmp_path):
+    tiny_qwen(num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"scorers\.tiny\.model: has 3 labels, allowed: .* 1 label"):
+        load(tmp_path)
+
+
+def test_a_language_model_without_a_head_is_refused(tmp_path):
+    Qwen2ForCausalLM(tiny_qwen().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"scorers\.tiny\.model: lacks the weights score\.weight"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])
+def test_a_normalisation_that_cannot_be_is_refused(mean, std):
+    config = Qwen2Config(reward_mean=mean, reward_std=std)
+    with pytest.raises(ValueError, match=r"m\.model: reward_mean is .*allowed: finite, and std above 0"):
+        read_normalization("m.model", config)
