@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import typer
 import yaml
@@ -19,12 +19,11 @@ from steersman.wire.errors import SteersmanError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 is a number, which YAML 1.1 takes for text."""
+    """YAML as people write it: 1e-5 and 1.5e3 are numbers, which YAML 1.1 takes for text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_EXPONENT: Final = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def _parse(text: str) -> Any:
