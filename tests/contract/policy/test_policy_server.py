@@ -223,14 +223,13 @@ async def test_a_push_changes_the_weights_under_a_running_request(harness: Harne
     harness.engine.num_free_tokens = 1
     harness.engine.gate.clear()
     call = harness.policy.Generate(prompt(7, max_tokens=4), timeout=TIMEOUT_S)
-    first = await call.read()
-    assert isinstance(first, policy_pb2.GenerateResponse)
-    seen = [first]
+    stream = aiter(call)
+    seen = [await anext(stream)]
     activation = await harness.push(1, kv_cache_policy=weights_pb2.KV_CACHE_POLICY_RECOMPUTE)
     assert activation.active.version == types_pb2.WeightVersion(run_id="run", step=1)
     assert activation.pause == Duration(nanos=125_000_000)
     harness.engine.gate.set()
-    seen += [response async for response in call]
+    seen += [response async for response in stream]
     assert [response.weight_versions[0].version.step for response in seen] == [0, 1, 1, 1]
     assert activation.num_running_requests == 1
     assert [token for response in seen for token in response.token_ids] == [7, 8, 9, 10]
