@@ -123,6 +123,12 @@ def test_a_bad_configuration_is_named(config, message, tokenizer):
         load_actor(ModelSource(config=config), tokenizer=tokenizer)
 
 
+def test_a_tokenizer_must_not_have_more_tokens_than_the_model(tiny, tokenizer, tmp_path):
+    save_model(tmp_path / "small", load_actor(ModelSource(config={**tiny.config, "vocab_size": 16})))
+    with pytest.raises(CheckpointError, match="the tokenizer has 32 tokens, must be at most the model's 16"):
+        load_actor(ModelSource(path=str(tmp_path / "small")), tokenizer=tokenizer)
+
+
 def test_a_source_is_a_path_or_a_configuration():
     for bad in ({}, {"path": "x", "config": {"model_type": "qwen2"}}, {"config": {}}, {"path": "x", "paht": 1}):
         with pytest.raises(ValidationError):

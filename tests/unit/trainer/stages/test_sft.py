@@ -102,6 +102,29 @@ def test_a_run_that_died_goes_on_from_its_last_whole_checkpoint(config, tmp_path
     assert [row["step"] for row in read_rows(tmp_path / "died" / METRICS_FILE)] == [2, 4, 6, 8]
 
 
+def test_a_run_that_ended_is_left_as_it_is(config, tmp_path):
+    first = run_in(tmp_path / "run", config)
+    before = (first.model_directory / "model.safetensors").stat().st_mtime_ns
+    again = run_in(tmp_path / "run", config)
+    assert (first.model_directory / "model.safetensors").stat().st_mtime_ns == before
+    assert (again.num_steps, again.stopped) == (8, False)
+    assert again.metrics["eval/loss"] == first.metrics["eval/loss"]
+
+
+def test_bad_rows_that_were_skipped_are_counted_in_the_result(config, tmp_path, write_rows):
+    file = write_rows(
+        [{"prompt": "w1", "completion": "w3"}, {"prompt": "w1"}, {"prompt": "", "completion": "w3"}], "b.jsonl"
+    )
+    data = DataSettings(files=(file,), on_bad_row="skip")
+    result = run_in(tmp_path / "run", config.model_copy(update={"data": data, "eval_share": 0.0, "max_steps": 1}))
+    assert (result.metrics["data/num_records"], result.metrics["data/num_bad_rows"]) == (1, 2)
+
+
+def test_sequences_must_fit_into_the_context(config, tmp_path):
+    with pytest.raises(ValueError, match=r"max_prompt_tokens \+ max_response_tokens is 68, must be at most .* 64"):
+        run_in(tmp_path / "run", config.model_copy(update={"max_prompt_tokens": 60}))
+
+
 def test_a_checkpoint_of_another_order_is_refused(config, tmp_path):
     asked = iter([False, True])
     run_in(tmp_path / "run", config, stop_requested=lambda: next(asked))

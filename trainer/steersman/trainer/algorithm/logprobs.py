@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Large enough for efficient matrix products; small enough that a chunk stays near the caches of a CPU.
-CPU_CHUNK_BYTES = 8 << 20
+CPU_CHUNK_BYTES = 16 << 20
 ACCELERATOR_CHUNK_BYTES = 256 << 20
 DEFAULT_KEEP_BYTES = 64 << 20
 

@@ -67,6 +67,7 @@ def load_actor(
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             model = _from_pretrained(AutoModelForCausalLM, source)
+            _require_vocabulary(model, tokenizer)
     return _ready(model)
 
 
@@ -308,6 +309,12 @@ def _require_same_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase,
             "otherwise than the tokenizer given: take another model_type, such as 'llama' or 'qwen3', or that "
             "class's own kind of tokenizer"
         )
+
+
+def _require_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, must be at most the model's {rows}")
 
 
 def _ready(model: Any) -> PreTrainedModel:

@@ -44,6 +44,10 @@ class LoadReport:
     bad_rows: tuple[BadRow, ...]
     forms: dict[str, Form]
 
+    def metrics(self) -> dict[str, float]:
+        """The counts, as they are logged."""
+        return {"data/num_records": float(self.num_records), "data/num_bad_rows": float(self.num_bad_rows)}
+
 
 def load_comparisons(settings: DataSettings) -> tuple[list[Comparison], LoadReport]:
     """The comparisons in the files. A row of a form without a ranking is bad. DataError if none is left."""

@@ -79,7 +79,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     )
     if not task.comparisons:
         raise ValueError("no comparison ranks one response above another: nothing to learn from")
-    return train(config, task, model, tokenizer, run)
+    return train(config, task, model, tokenizer, run, facts=report.metrics())
 
 
 @dataclass(frozen=True, kw_only=True)

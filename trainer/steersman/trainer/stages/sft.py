@@ -58,7 +58,7 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
         micro_batch_tokens=config.micro_batch_tokens,
         train_on_prompt=config.train_on_prompt,
     )
-    return train(config, task, model, tokenizer, run)
+    return train(config, task, model, tokenizer, run, facts=report.metrics())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ Invariants:
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.trainer.algorithm.metrics import MetricSums
-from steersman.trainer.checkpoint.atomic import CheckpointError
+from steersman.trainer.checkpoint.atomic import CheckpointError, verify
 from steersman.trainer.checkpoint.models import ModelSource, load_tokenizer, load_weights, save_model, write_model
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
@@ -63,7 +64,7 @@ class SupervisedConfig(BaseModel):
 
     log_every_steps: int = Field(default=10, ge=1)
     eval_every_steps: int = Field(default=0, ge=0, description="0: at the end only.")
-    save_every_steps: int = Field(default=0, ge=0, description="0: when stopped only.")
+    save_every_steps: int = Field(default=100, ge=0, description="0: when stopped only.")
     keep_checkpoints: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")
@@ -143,13 +144,22 @@ def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
+    *,
+    facts: Mapping[str, float],
 ) -> StageResult:
-    """Trains ``model`` (already on its device) to the end, or until the run is asked to stop."""
+    """Trains ``model`` (already on its device) to the end, or until the run is asked to stop.
+
+    ``facts`` are numbers about the data that go into the last row. A run that had already ended is left as it is.
+    """
+    require_room(config, model)
     total_steps = config.total_steps(task.num_records)
     order = EpochOrder(task.num_records, batch_size=config.batch_size, seed=config.seed)
     optimizer = build_optimizer(config.optimizer, model)
     store = CheckpointStore(run.directory / "checkpoints", keep=config.keep_checkpoints)
     identity = {"num_records": task.num_records, "batch_size": config.batch_size, "seed": config.seed}
+    ended = _ended(run.directory / "model", total_steps, identity)
+    if ended is not None:
+        return ended
     start = _resume(store, model, optimizer, identity, run)
 
     def save(step: int) -> None:
@@ -182,10 +192,10 @@ def train(
             save(done)
 
     run.progress(total_steps, total_steps, "evaluating")
-    final = task.evaluate() | task.finish()
+    final = task.evaluate() | task.finish() | dict(facts)
     run.log(total_steps, last_row | final)
     directory = run.directory / "model"
-    save_model(directory, model, tokenizer, metadata={"step": total_steps, "metrics": _finite(final)})
+    save_model(directory, model, tokenizer, metadata=identity | {"step": total_steps, "metrics": _finite(final)})
     run.progress(total_steps, total_steps, "done")
     return StageResult(
         num_steps=total_steps,
@@ -229,6 +239,33 @@ def _resume(store: CheckpointStore, model: PreTrainedModel, optimizer: Any, iden
     run.rewind(checkpoint.step)
     _log.info("going on from step %d", checkpoint.step)
     return checkpoint.step
+
+
+def _ended(directory: Path, total_steps: int, identity: dict[str, int]) -> StageResult | None:
+    """The result of this very run, if it ended before: whoever started it may have died before hearing of it."""
+    try:
+        made = verify(directory)["metadata"]
+    except CheckpointError:
+        return None
+    if {name: made.get(name) for name in (*identity, "step")} != identity | {"step": total_steps}:
+        return None
+    return StageResult(
+        num_steps=total_steps,
+        total_steps=total_steps,
+        stopped=False,
+        model_directory=directory,
+        metrics=made["metrics"],
+    )
+
+
+def require_room(config: SupervisedConfig, model: PreTrainedModel) -> None:
+    """ValueError if the longest sequence that the configuration allows does not fit into the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    if context is not None and longest > context:
+        raise ValueError(
+            f"max_prompt_tokens + max_response_tokens is {longest}, must be at most the model's context of {context}"
+        )
 
 
 def _progress(metrics: dict[str, float]) -> str:
