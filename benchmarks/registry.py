@@ -35,8 +35,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 at_least=1.5,
             ),
             "ppo_samples_per_s_vs_trl_natural": Target(
-                what="PPO samples per second against TRL's PPOTrainer, responses end at EOS, on average after a quarter "
-                "of the limit",
+                what="PPO samples per second against TRL's PPOTrainer, responses end at EOS, after a quarter of "
+                "the limit on average",
                 at_least=3.0,
             ),
         },
