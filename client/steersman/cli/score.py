@@ -92,8 +92,11 @@ def logprobs_file(
     sequences: list[Sequence[int]] = []
     lengths: list[int] = []
     for number, row in enumerate(rows, start=1):
+        length = row.get("prompt_length", 1)
+        if not isinstance(length, int):
+            raise console.CommandError(f"{source}: row {number}: prompt_length is {length!r}, allowed: a whole number")
         sequences.append(jsonl.field(row, "token_ids", f"{source}: row {number}"))
-        lengths.append(int(row.get("prompt_length", 1)))
+        lengths.append(length)
     with jsonl.writer(target) as file, progress_bar("log-probs", len(rows)) as advance:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)

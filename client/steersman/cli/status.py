@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from rich.table import Table
+from rich.text import Text
 
 from steersman.client.channel import ChannelSettings, Credentials
 from steersman.client.health import HealthClient, ServingStatus
@@ -93,7 +94,8 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         colour = _COLOURS.get(row.health, "red")
         health = f"[{colour}]{row.health}[/]"
-        shown.add_row(row.service, row.address, health, row.model, row.weight_version, row.detail)
+        plain = (Text(cell) for cell in (row.model, row.weight_version, row.detail))
+        shown.add_row(row.service, Text(row.address), health, *plain)
     return shown
 
 

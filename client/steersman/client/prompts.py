@@ -36,11 +36,10 @@ def token_ids_to_proto(ids: TokenIds, field: str) -> types_pb2.TokenIds:
 
 def message_to_proto(message: ChatMessage | Mapping[str, str], field: str) -> types_pb2.ChatMessage:
     """The message of one turn, given as dataclass or as mapping with exactly "role" and "content"."""
-    if isinstance(message, ChatMessage):
-        return types_pb2.ChatMessage(role=message.role, content=message.content)
-    if set(message) != {"role", "content"}:
-        raise invalid_field(field, dict(message), "a mapping with the keys role and content")
-    return types_pb2.ChatMessage(role=message["role"], content=message["content"])
+    turn = {"role": message.role, "content": message.content} if isinstance(message, ChatMessage) else message
+    if set(turn) != {"role", "content"} or not all(isinstance(value, str) for value in turn.values()):
+        raise invalid_field(field, dict(turn), "role and content, both text, and nothing else")
+    return types_pb2.ChatMessage(role=turn["role"], content=turn["content"])
 
 
 def is_conversation(prompt: object) -> bool:

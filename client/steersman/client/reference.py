@@ -27,6 +27,8 @@ def logprob_requests(
     if len(lengths) != len(rows):
         raise invalid_field("prompt_lengths", f"{len(lengths)} entries", f"{len(rows)}, one a sequence")
     for index, (length, row) in enumerate(zip(lengths, rows, strict=True)):
+        if len(row) < 2:
+            raise invalid_field(f"sequences[{index}]", f"{len(row)} tokens", "at least 2 tokens")
         if not 1 <= length < len(row):
             allowed = f"1 to {len(row) - 1} for a sequence of {len(row)} tokens"
             raise invalid_field(f"prompt_lengths[{index}]", length, allowed)

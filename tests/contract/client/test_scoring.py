@@ -213,7 +213,7 @@ async def test_logprobs_of_a_batch_of_any_size_keep_the_order(serve: Any) -> Non
 @pytest.mark.parametrize(
     ("sequences", "lengths", "field"),
     [
-        ([[1, 2], [3]], None, r"prompt_lengths\[1\]"),
+        ([[1, 2], [3]], None, r"sequences\[1\]"),
         ([[1, 2]], [2], r"prompt_lengths\[0\]"),
         ([[1, 2]], [1, 1], "prompt_lengths"),
         ([[1, -2]], None, r"sequences\[0\]"),
