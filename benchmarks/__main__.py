@@ -69,9 +69,9 @@ def _directory(keep: Path | None, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f"steersman-benchmark-{name}-") as directory:
             yield Path(directory)
         return
-    directory = keep / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory.mkdir(parents=True)
-    yield directory.resolve()
+    kept = (keep / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    kept.mkdir(parents=True)
+    yield kept
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -87,12 +87,15 @@ def run(context: Context) -> Measured:
 def _compare(inputs: Inputs, plan: Plan) -> tuple[float, dict[str, Any]]:
     ours, theirs = [], []
     idle: list[float] = []
+    busy: list[dict[str, float]] = []
     with running(_services(inputs), inputs.directory / "services") as stack:
         for number in range(plan.turns):
             before = stack.cpu_seconds()
             theirs.append(_trl_turn(inputs, plan, number))
-            idle.append(sum(stack.cpu_seconds().values()) - sum(before.values()))
+            between = stack.cpu_seconds()
             ours.append(_steersman_turn(inputs, plan, number, stack))
+            idle.append(sum(between.values()) - sum(before.values()))
+            busy.append({name: seconds - between[name] for name, seconds in stack.cpu_seconds().items()})
     rates = [turn.samples_per_s for turn in ours], [turn.samples_per_s for turn in theirs]
     ratio = paired_ratio(*rates)
     return ratio.median, {
@@ -100,6 +103,8 @@ def _compare(inputs: Inputs, plan: Plan) -> tuple[float, dict[str, Any]]:
         "steersman_samples_per_s": dataclasses.asdict(spread(rates[0])),
         "trl_samples_per_s": dataclasses.asdict(spread(rates[1])),
         "idle_services_cpu_s_per_turn": round(fmean(idle), 2),
+        # With start-up and warm-up of the trainer.
+        "cpu_s_per_turn": {name: round(_mean(busy, name), 2) for name in _SERVICES},
         "steersman_turns": [dataclasses.asdict(turn) for turn in ours],
         "trl_turns": [dataclasses.asdict(turn) for turn in theirs],
     }

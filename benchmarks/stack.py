@@ -33,7 +33,7 @@ class Running:
     pids: Mapping[str, int]
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Processor time that each service has used since its start, with its child processes."""
+        """Processor time that each service has used since its start, with its child processes, ended ones too."""
         return {name: round(_cpu_seconds(pid), 2) for name, pid in self.pids.items()}
 
 
@@ -86,4 +86,5 @@ def _cpu_seconds(pid: int) -> float:
         times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
     except psutil.Error:
         return 0.0
-    return sum(each.user + each.system for each in times)
+    ended = times[0].children_user + times[0].children_system
+    return float(ended + sum(each.user + each.system for each in times))

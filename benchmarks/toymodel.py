@@ -32,7 +32,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(
         vocab={word: index for index, word in enumerate(words)},
         merges=[],
-        unk_token=None,
+        unk_token="<pad>",
         pad_token="<pad>",
         eos_token="<eos>",
         padding_side="left",
@@ -54,7 +54,7 @@ def encode(prompts: list[str]) -> list[list[int]]:
 def build_policy(*, seed: int, mean_tokens: float | None, limit: int, max_positions: int = 256) -> Qwen2ForCausalLM:
     """The causal LM: responses of `mean_tokens` on average when cut at `limit`, or that never end if it is None."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(_config(max_positions)).eval()
+    model: Qwen2ForCausalLM = Qwen2ForCausalLM(_config(max_positions)).eval()
     # The draw of the library is N(0, 0.02^2) whatever its version: the same file of weights serves both sides.
     weights = model.model.embed_tokens.weight.data
     weights[:, 0] = _CONSTANT
@@ -86,7 +86,7 @@ def build_scalar_model(policy: Qwen2ForCausalLM, *, seed: int) -> Qwen2ForSequen
     torch.manual_seed(seed)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    model = Qwen2ForSequenceClassification(config).eval()
+    model: Qwen2ForSequenceClassification = Qwen2ForSequenceClassification(config).eval()
     model.model.load_state_dict(policy.model.state_dict())
     torch.nn.init.normal_(model.score.weight, std=0.02)
     return model
