@@ -1,11 +1,9 @@
 """Each sample exactly once, or dropped and counted, whatever fails."""
 
 import asyncio
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
+import rollout_fakes as fakes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,13 +12,6 @@ from steersman.trainer.retry import Backoff, GaveUp, Waits
 from steersman.trainer.rollout.collector import Collector, CollectorSettings
 from steersman.trainer.rollout.types import RolloutBatch, SamplingSettings
 from steersman.wire.errors import Code, Reason, SteersmanError
-
-_spec = importlib.util.spec_from_file_location("rollout_fakes", Path(__file__).with_name("fakes.py"))
-assert _spec is not None
-assert _spec.loader is not None
-fakes = importlib.util.module_from_spec(_spec)
-sys.modules["rollout_fakes"] = fakes
-_spec.loader.exec_module(fakes)
 
 
 def collector(policies=None, reward=None, reference=None, gate=None, *, num_samples=2, **options):

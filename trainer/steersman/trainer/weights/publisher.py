@@ -32,7 +32,7 @@ from steersman.client.types import (
     WeightState,
 )
 from steersman.client.types import TensorSpec as TensorSpec
-from steersman.trainer.retry import Backoff, Sleep, Waits, is_transient
+from steersman.trainer.retry import Backoff, Sleep, Waits
 from steersman.trainer.weights.image import Manifest, WeightImage
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
@@ -262,10 +262,9 @@ class Publisher:
             receipt = await port.push(push.push_id, _converted(image, manifest, max_bytes))
             replica.pushed_bytes += receipt.received_bytes
             await port.stage(push.push_id, digest)
-        except BaseException as error:
-            # Else the half push would hold the replica until its idle timeout.
-            if not isinstance(error, SteersmanError) or not is_transient(error):
-                await _abort_quietly(port, push.push_id)
+        except BaseException:
+            # Else the half push would hold the replica until its idle timeout, if it still knows of it.
+            await _abort_quietly(port, push.push_id)
             raise
 
 

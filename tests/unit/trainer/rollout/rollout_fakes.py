@@ -86,7 +86,7 @@ class FakeGate:
 
 @dataclass
 class FakeReward:
-    """Scores a completion by ten times its prompt plus its sample, unless `failures` holds an answer for the call or item."""
+    """Scores a completion by ten times its prompt plus its sample, unless a failure is laid up for it."""
 
     target: str = "reward-0"
     events: list[str] = field(default_factory=list)

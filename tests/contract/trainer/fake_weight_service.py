@@ -1,0 +1,161 @@
+"""A weight service that keeps the contract of weights.proto in a few lines, and breaks it when told to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import xxhash
+
+from steersman.v1 import types_pb2, weights_pb2, weights_pb2_grpc
+from steersman.wire.convert import version_from_proto, version_to_proto
+from steersman.wire.errors import Reason, SteersmanError
+from steersman.wire.identity import WeightVersion
+from steersman.wire.status import DETAILS_TRAILER, encode_details
+from steersman.wire.tensors import item_bytes
+
+
+@dataclass
+class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
+    """One replica. `faults` maps a step ("push", "stage", "activate") to what goes wrong there, in order."""
+
+    manifest: weights_pb2.WeightManifest
+    events: list[str] = field(default_factory=list)
+    faults: dict[str, list[SteersmanError]] = field(default_factory=dict)
+    active: WeightVersion = field(default_factory=WeightVersion)
+    tensors: dict[str, bytes] = field(default_factory=dict)
+    digest: bytes = b""
+    staged: tuple[WeightVersion, bytes, dict[str, bytes]] | None = None
+    pushing: WeightVersion | None = None
+    largest_chunk: int = 0
+    _staging: dict[str, bytearray] = field(default_factory=dict)
+    _received: dict[str, int] = field(default_factory=dict)
+
+    async def GetWeightState(self, request, context):  # noqa: N802
+        state = weights_pb2.GetWeightStateResponse(active=self._snapshot(self.active, self.digest))
+        if request.include_manifest:
+            state.manifest.CopyFrom(self.manifest)
+        if self.staged is not None:
+            state.staged.CopyFrom(self._snapshot(self.staged[0], self.staged[1]))
+        return state
+
+    async def BeginPush(self, request, context):  # noqa: N802
+        version = version_from_proto(request.version)
+        self.events.append(f"begin {version}")
+        await self._fault("begin", context)
+        if version == self.active:
+            return weights_pb2.BeginPushResponse(already_active=True)
+        if self.pushing is not None:
+            await self._fail(SteersmanError(Reason.WEIGHT_PUSH_IN_PROGRESS, "another push holds the replica"), context)
+        if version.run_id == self.active.run_id and version.step <= self.active.step:
+            await self._fail(SteersmanError(Reason.WEIGHT_VERSION_STALE, "older than the active version"), context)
+        assert request.manifest == self.manifest
+        self.pushing = version
+        self._staging = {
+            spec.name: bytearray(int(np.prod(spec.shape)) * item_bytes(spec.dtype)) for spec in self.manifest.tensors
+        }
+        self._received = dict.fromkeys(self._staging, 0)
+        return weights_pb2.BeginPushResponse(push_id="p1", max_chunk_bytes=256)
+
+    async def PushChunks(self, requests: AsyncIterator[weights_pb2.PushChunksRequest], context):  # noqa: N802
+        num_chunks = total = 0
+        async for request in requests:
+            chunk = request.chunk
+            num_chunks += 1
+            if num_chunks == 2:
+                await self._fault("push", context)
+            assert xxhash.xxh3_64_intdigest(chunk.data) == chunk.checksum
+            spec = self.manifest.tensors[chunk.tensor_index]
+            size = item_bytes(spec.dtype)
+            assert len(chunk.data) == chunk.num_elements * size
+            start = chunk.element_offset * size
+            self._staging[spec.name][start : start + len(chunk.data)] = chunk.data
+            self._received[spec.name] += len(chunk.data)
+            self.largest_chunk = max(self.largest_chunk, len(chunk.data))
+            total += len(chunk.data)
+        self.events.append("push")
+        return weights_pb2.PushChunksResponse(received_bytes=total, num_chunks=num_chunks)
+
+    async def Stage(self, request, context):  # noqa: N802
+        self.events.append("stage")
+        await self._fault("stage", context)
+        assert self.pushing is not None
+        assert {name: len(data) for name, data in self._staging.items()} == self._received
+        hasher = xxhash.xxh3_128()
+        for spec in self.manifest.tensors:
+            hasher.update(spec.name.encode() + b"\0" + bytes(self._staging[spec.name]))
+        if hasher.digest() != request.digest:
+            self.pushing = None
+            await self._fail(SteersmanError(Reason.WEIGHT_DIGEST_MISMATCH, "the digest differs"), context)
+        self.staged = (self.pushing, request.digest, {name: bytes(data) for name, data in self._staging.items()})
+        self.pushing = None
+        return weights_pb2.StageResponse(staged=self._snapshot(*self.staged[:2]))
+
+    async def Activate(self, request, context):  # noqa: N802
+        version = version_from_proto(request.version)
+        self.events.append(f"activate {version}")
+        await self._fault("activate", context)
+        if version != self.active:
+            assert self.staged is not None
+            assert self.staged[0] == version
+            self.active, self.digest, self.tensors = self.staged
+            self.staged = None
+        return weights_pb2.ActivateResponse(active=self._snapshot(self.active, self.digest))
+
+    async def AbortPush(self, request, context):  # noqa: N802
+        self.events.append("abort")
+        self.pushing = None
+        return weights_pb2.AbortPushResponse()
+
+    def restart(self) -> None:
+        """Forgets everything, as a new process would."""
+        self.active, self.digest, self.tensors, self.staged, self.pushing = WeightVersion(), b"", {}, None, None
+        self.events.append("restart")
+
+    async def _fault(self, step: str, context: grpc.aio.ServicerContext) -> None:
+        if self.faults.get(step):
+            await self._fail(self.faults[step].pop(0), context)
+
+    async def _fail(self, error: SteersmanError, context: grpc.aio.ServicerContext) -> None:
+        if error.reason is Reason.WEIGHT_PUSH_NOT_ACTIVE:
+            self.pushing = None
+        trailer = ((DETAILS_TRAILER, encode_details(error)),)
+        code = next(code for code in grpc.StatusCode if code.value[0] == int(error.code))
+        await context.abort(code, error.message, trailer)
+
+    @staticmethod
+    def _snapshot(version: WeightVersion, digest: bytes) -> weights_pb2.WeightSnapshot:
+        return weights_pb2.WeightSnapshot(version=version_to_proto(version), digest=digest)
+
+
+class Replica:
+    """A fake weight service behind a real server."""
+
+    def __init__(self, service: FakeWeightService) -> None:
+        self.service = service
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        weights_pb2_grpc.add_WeightServiceServicer_to_server(self.service, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        assert self._server is not None
+        await self._server.stop(None)
+        await asyncio.sleep(0)
+
+    @property
+    def target(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+def manifest(specs: dict[str, tuple[tuple[int, ...], str]]) -> weights_pb2.WeightManifest:
+    """A manifest in ascending order of name."""
+    message = weights_pb2.WeightManifest()
+    for name, (shape, dtype) in sorted(specs.items()):
+        message.tensors.add(name=name, shape=shape, dtype=types_pb2.DataType.Value(f"DATA_TYPE_{dtype}"))
+    return message
