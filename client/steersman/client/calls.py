@@ -23,7 +23,7 @@ from steersman.wire.status import DETAILS_TRAILER, decode_error
 
 REQUEST_ID_KEY: Final = "x-request-id"
 # grpc-stubs do not know it.
-_EOF: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]
+EOF: Final[Any] = grpc.aio.EOF  # type: ignore[attr-defined]
 T = TypeVar("T")
 
 # Set it to send the same id with several calls; without it every call gets a fresh one.
@@ -162,7 +162,7 @@ class AsyncClient:
                 while True:
                     with translated(self.target, metadata):
                         response = await call.read()
-                    if response is _EOF:
+                    if response is EOF:
                         return
                     begun = True
                     yield response

@@ -1,11 +1,15 @@
 """Clients of the reward service: a score or an error for every item, in the order of the items."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
-from steersman.client.calls import AsyncClient, Client, gather_bounded, map_bounded
+import grpc
+
+from steersman.client.calls import EOF, AsyncClient, Client, call_metadata, gather_bounded, map_bounded, translated
 from steersman.client.prompts import (
     chat_to_proto,
     is_conversation,
@@ -14,6 +18,7 @@ from steersman.client.prompts import (
     token_ids_to_proto,
 )
 from steersman.client.splitting import MAX_PARTS_IN_FLIGHT, split
+from steersman.client.streams import Endings, Remembering, each
 from steersman.client.types import (
     ChatMessage,
     MemberScore,
@@ -88,17 +93,21 @@ def score_items(
     raise TypeError("score takes either items, or prompt and responses together")
 
 
-def score_requests(
-    items: Sequence[ScoreItem], scorer: str, overlength: Overlength, priority: Priority, include_raw: bool
-) -> list[reward_pb2.ScoreRequest]:
-    """The requests for a batch of any size, in order."""
-    messages = [item_to_proto(item, f"items[{index}]") for index, item in enumerate(items)]
-    options = reward_pb2.ScoreOptions(
+def score_options(
+    scorer: str, overlength: Overlength, priority: Priority, include_raw: bool
+) -> reward_pb2.ScoreOptions:
+    """How items are scored."""
+    return reward_pb2.ScoreOptions(
         scorer=scorer,
         overlength=_OVERLENGTH[overlength],
         priority=_PRIORITY[priority],
         include_raw=include_raw,
     )
+
+
+def score_requests(items: Sequence[ScoreItem], options: reward_pb2.ScoreOptions) -> list[reward_pb2.ScoreRequest]:
+    """The requests for a batch of any size, in order."""
+    messages = [item_to_proto(item, f"items[{index}]") for index, item in enumerate(items)]
     return [
         reward_pb2.ScoreRequest(items=messages[part.start : part.stop], options=options)
         for part in split([message.ByteSize() for message in messages])
@@ -160,6 +169,44 @@ def scorer_from_proto(message: reward_pb2.Scorer) -> Scorer:
     )
 
 
+class Outstanding:
+    """The items of one scoring stream that have no score yet.
+
+    Invariant: each item sent gets exactly one score, or the stream ends with an error.
+    """
+
+    def __init__(self) -> None:
+        self._ids: set[str] = set()
+        self._num_sent = 0
+
+    def request(self, item: ScoreItem, options: reward_pb2.ScoreOptions) -> reward_pb2.StreamScoreRequest:
+        """The message that sends an item; the first one carries the options. Raises INVALID_FIELD for a second id."""
+        if item.id in self._ids:
+            raise invalid_field("id", item.id, "an id that no other item of the stream under way has")
+        message = reward_pb2.StreamScoreRequest(items=[item_to_proto(item, f"items[{self._num_sent}]")])
+        if self._num_sent == 0:
+            message.options.CopyFrom(options)
+        self._ids.add(item.id)
+        self._num_sent += 1
+        return message
+
+    def take(self, response: reward_pb2.StreamScoreResponse) -> list[Score]:
+        """The scores of a message."""
+        scores = [score_from_proto(result) for result in response.results]
+        for score in scores:
+            if score.id not in self._ids:
+                raise SteersmanError(None, f"a score came for {score.id!r}, which waits for none", code=Code.DATA_LOSS)
+            self._ids.remove(score.id)
+        return scores
+
+    def finish(self) -> None:
+        """Raises if the stream ended while items waited for their scores."""
+        if self._ids:
+            some = ", ".join(sorted(self._ids)[:5])
+            message = f"the stream ended without scores for {len(self._ids)} items: {some}"
+            raise SteersmanError(None, message, code=Code.DATA_LOSS)
+
+
 class AsyncRewardClient(AsyncClient):
     """Asyncio client of the reward service. Calls have 120 s unless `timeout` says otherwise."""
 
@@ -191,10 +238,64 @@ class AsyncRewardClient(AsyncClient):
             include_raw: also return scores before normalisation and length penalty.
         """
         what = score_items(items, prompt, responses)
-        requests = score_requests(what, scorer, overlength, priority, include_raw)
+        requests = score_requests(what, score_options(scorer, overlength, priority, include_raw))
         deadline = self._deadline(timeout)
         calls = [partial(self._call, self._stub.Score, request, deadline) for request in requests]
         return _scores_from_proto(requests, await gather_bounded(calls, MAX_PARTS_IN_FLIGHT))
+
+    async def score_stream(
+        self,
+        items: AsyncIterable[ScoreItem] | Iterable[ScoreItem],
+        *,
+        scorer: str = "",
+        overlength: Overlength = Overlength.FAIL,
+        priority: Priority = Priority.BULK,
+        include_raw: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Score, None]:
+        """Scores items as they come; yields each score when it is there, in any order, told apart by `id`.
+
+        Ids must differ among the items under way. The service holds `items` back when it has enough to do. An error
+        that `items` raises ends the stream and comes out of here unchanged. Nothing is retried: a lost stream is
+        an error.
+        """
+        options = score_options(scorer, overlength, priority, include_raw)
+        metadata, outstanding = call_metadata(), Outstanding()
+        call = self._stub.StreamScore(timeout=self._deadline(timeout).remaining(), metadata=metadata)
+        ends = Endings(call)
+
+        async def send() -> None:
+            try:
+                async for item in each(items):
+                    request = outstanding.request(item, options)
+                    try:
+                        await call.write(request)
+                    except (asyncio.InvalidStateError, grpc.RpcError):
+                        return  # the server ended the call; reading tells why
+                with suppress(asyncio.InvalidStateError):
+                    await call.done_writing()
+            except BaseException:
+                call.cancel()
+                raise
+
+        sender = asyncio.create_task(send())
+        try:
+            while True:
+                with translated(self.target, metadata), ends.told():
+                    response = await call.read()
+                if response is EOF:
+                    break
+                for score in outstanding.take(response):
+                    yield score
+            outstanding.finish()
+        except SteersmanError:
+            if sender.done() and not sender.cancelled():
+                sender.result()  # the error of the source, if that is what ended the call
+            raise
+        finally:
+            call.cancel()
+            sender.cancel()
+            await asyncio.wait([sender])
 
     async def scorers(self, *, timeout: float | None = 30.0) -> list[Scorer]:
         """Reward models, functions and ensembles of the service, ascending by name."""
@@ -222,10 +323,39 @@ class RewardClient(Client):
     ) -> list[Score]:
         """One `Score` an item, in order; as `AsyncRewardClient.score`."""
         what = score_items(items, prompt, responses)
-        requests = score_requests(what, scorer, overlength, priority, include_raw)
+        requests = score_requests(what, score_options(scorer, overlength, priority, include_raw))
         deadline = self._deadline(timeout)
         calls = [partial(self._call, self._stub.Score, request, deadline) for request in requests]
         return _scores_from_proto(requests, map_bounded(calls, MAX_PARTS_IN_FLIGHT))
+
+    def score_stream(
+        self,
+        items: Iterable[ScoreItem],
+        *,
+        scorer: str = "",
+        overlength: Overlength = Overlength.FAIL,
+        priority: Priority = Priority.BULK,
+        include_raw: bool = False,
+        timeout: float | None = None,
+    ) -> Generator[Score, None, None]:
+        """Scores items as they come; as `AsyncRewardClient.score_stream`. `items` is consumed in another thread."""
+        options = score_options(scorer, overlength, priority, include_raw)
+        metadata, outstanding = call_metadata(), Outstanding()
+        requests = Remembering(outstanding.request(item, options) for item in items)
+        call = self._stub.StreamScore(requests, timeout=self._deadline(timeout).remaining(), metadata=metadata)
+        try:
+            while True:
+                with translated(self.target, metadata):
+                    response = next(call, None)
+                if response is None:
+                    break
+                yield from outstanding.take(response)
+            outstanding.finish()
+        except SteersmanError:
+            requests.raise_error()
+            raise
+        finally:
+            call.cancel()
 
     def scorers(self, *, timeout: float | None = 30.0) -> list[Scorer]:
         """Reward models, functions and ensembles of the service, ascending by name."""

@@ -8,15 +8,15 @@ publisher's business; these are thin.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from datetime import UTC, timedelta
-from typing import Any, Final
+from typing import Final
 
 import grpc
 import grpc.aio
 
 from steersman.client.calls import AsyncClient, Client, call_metadata, translated
+from steersman.client.streams import Endings, Remembering, each
 from steersman.client.types import (
     Activation,
     KvCachePolicy,
@@ -30,6 +30,7 @@ from steersman.client.types import (
 )
 from steersman.v1 import weights_pb2, weights_pb2_grpc
 from steersman.wire.convert import version_from_proto, version_to_proto
+from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import WeightVersion
 from steersman.wire.tensors import dtype_from_name, dtype_name
 
@@ -42,7 +43,6 @@ _KV_CACHE: Final = {
     KvCachePolicy.KEEP: weights_pb2.KV_CACHE_POLICY_KEEP,
     KvCachePolicy.RECOMPUTE: weights_pb2.KV_CACHE_POLICY_RECOMPUTE,
 }
-_WRITE_FAILED: Final = "Internal error from Core"
 # Staging hashes all weights, activation waits for the engine: both may take long on large models.
 _TRANSACTION_TIMEOUT: Final = 600.0
 
@@ -99,6 +99,12 @@ def chunk_request(push_id: str, chunk: WeightChunk) -> weights_pb2.PushChunksReq
     )
 
 
+def _requests(first: str, chunks: Iterable[WeightChunk]) -> Iterator[weights_pb2.PushChunksRequest]:
+    for chunk in chunks:
+        yield chunk_request(first, chunk)
+        first = ""
+
+
 def _push(message: weights_pb2.BeginPushResponse) -> Push:
     return Push(push_id=message.push_id, max_chunk_bytes=message.max_chunk_bytes, already_active=message.already_active)
 
@@ -118,53 +124,6 @@ def _activation(message: weights_pb2.ActivateResponse) -> Activation:
 def _rolled_back(message: weights_pb2.RollbackResponse) -> Activation:
     pause = message.pause.ToTimedelta().total_seconds()
     return Activation(active=_snapshot(message.active), pause_seconds=pause)
-
-
-async def _each(chunks: AsyncIterable[WeightChunk] | Iterable[WeightChunk]) -> AsyncIterator[WeightChunk]:
-    if isinstance(chunks, AsyncIterable):
-        async for chunk in chunks:
-            yield chunk
-    else:
-        for chunk in chunks:
-            yield chunk
-
-
-class _Endings:
-    """How an asyncio call with a request stream ended, as the server said it.
-
-    When the server ends a call while a message is being written, grpc.aio sets the status twice: to what the server
-    sent, and to INTERNAL ("Internal error from Core") for the failed write, in either order. What the server sent is
-    the truth, so every status is noted when it is set.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._seen: list[grpc.aio.AioRpcError] = []
-        call.add_done_callback(self._note)
-
-    def _note(self, call: Any) -> None:
-        # The status is there when this is called, so these coroutines end without waiting.
-        code, details, trailer = (_now(part()) for part in (call.code, call.details, call.trailing_metadata))
-        self._seen.append(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailer, details, None))
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Replaces the error of a failed write by the server's."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            told = [
-                end for end in self._seen if end.details() != _WRITE_FAILED and end.code() is not grpc.StatusCode.OK
-            ]
-            raise (told[0] if told else error) from None
-
-
-def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    coroutine.close()
-    raise RuntimeError("the call has no status yet")
 
 
 class AsyncWeightClient(AsyncClient):
@@ -205,10 +164,10 @@ class AsyncWeightClient(AsyncClient):
         """
         metadata = call_metadata()
         call = self._stub.PushChunks(timeout=self._deadline(timeout).remaining(), metadata=metadata)
-        ends = _Endings(call)
+        ends = Endings(call)
         try:
             first = push_id
-            async for chunk in _each(chunks):
+            async for chunk in each(chunks):
                 try:
                     await call.write(chunk_request(first, chunk))
                 except (asyncio.InvalidStateError, grpc.RpcError):
@@ -254,31 +213,6 @@ class AsyncWeightClient(AsyncClient):
         await self._call(self._stub.AbortPush, weights_pb2.AbortPushRequest(push_id=push_id), timeout)
 
 
-class _Remembering:
-    """Requests of a chunk stream that keep the error their source raised; gRPC would log and lose it."""
-
-    def __init__(self, push_id: str, chunks: Iterable[WeightChunk]) -> None:
-        self.error: BaseException | None = None
-        self._requests = self._generate(push_id, chunks)
-
-    def _generate(self, first: str, chunks: Iterable[WeightChunk]) -> Iterator[weights_pb2.PushChunksRequest]:
-        for chunk in chunks:
-            yield chunk_request(first, chunk)
-            first = ""
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        try:
-            return next(self._requests)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            self.error = error
-            raise
-
-
 class WeightClient(Client):
     """Blocking client of the weight service of one replica. Calls have 600 s unless `timeout` says otherwise."""
 
@@ -306,14 +240,13 @@ class WeightClient(Client):
 
     def push(self, push_id: str, chunks: Iterable[WeightChunk], *, timeout: float | None = None) -> PushReceipt:
         """Sends chunks as one stream; as `AsyncWeightClient.push`. `chunks` is consumed in another thread."""
-        metadata, requests = call_metadata(), _Remembering(push_id, chunks)
+        metadata, requests = call_metadata(), Remembering(_requests(push_id, chunks))
         try:
             with translated(self.target, metadata):
                 remaining = self._deadline(timeout).remaining()
                 return _receipt(self._stub.PushChunks(requests, timeout=remaining, metadata=metadata))
-        except Exception:
-            if requests.error is not None:
-                raise requests.error from None
+        except SteersmanError:
+            requests.raise_error()
             raise
 
     def stage(self, push_id: str, digest: bytes, *, timeout: float | None = None) -> WeightSnapshot:

@@ -37,6 +37,7 @@ class FakeReward(reward_pb2_grpc.RewardServiceServicer):
         self.gate.set()
         self.running = 0
         self.most_running = 0
+        self.stream_options: list[str] = []
 
     async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
         self.requests.append(request)
@@ -47,6 +48,18 @@ class FakeReward(reward_pb2_grpc.RewardServiceServicer):
         await self.gate.wait()
         self.running -= 1
         return reward_pb2.ScoreResponse(results=[self.result(item) for item in request.items])
+
+    async def StreamScore(self, requests: Any, context: Any) -> Any:
+        waiting: list[reward_pb2.ScoreItem] = []
+        async for request in requests:
+            if request.HasField("options"):
+                self.stream_options.append(request.options.scorer)
+            if self.errors:
+                await self.refuse(context, self.errors.pop(0))
+            waiting.extend(request.items)
+            if len(waiting) == 2:
+                yield reward_pb2.StreamScoreResponse(results=[self.result(item) for item in reversed(waiting)])
+                waiting.clear()
 
     def result(self, item: reward_pb2.ScoreItem) -> reward_pb2.ItemScore:
         if item.id == "bad":
@@ -158,6 +171,65 @@ async def test_the_blocking_reward_client_does_the_same(fake: FakeReward, serve:
             assert [score.unwrap() for score in scores] == [i % 3 + 1 for i in range(2 * MAX_PART_ITEMS + 1)]
             assert client.score([]) == []
             assert client.scorers()[0].kind is ScorerKind.FUNCTION
+
+    await asyncio.to_thread(talk)
+
+
+async def test_a_stream_of_items_brings_each_score_as_it_is_ready(fake: FakeReward, serve: Any) -> None:
+    """The service answers in pairs, the second first: sending and reading go on side by side."""
+    answered = asyncio.Event()
+
+    async def items() -> Any:
+        yield ScoreItem(prompt="", response="a", id="one")
+        yield ScoreItem(prompt="", response="ab", id="two")
+        async with asyncio.timeout(10):
+            await answered.wait()
+        yield ScoreItem(prompt="", response="abc", id="three")
+        yield ScoreItem(prompt="", response="x", id="bad")
+
+    scores = []
+    async with AsyncRewardClient(await serve(ADD_REWARD, fake)) as client:
+        async for score in client.score_stream(items(), scorer="length"):
+            scores.append(score)
+            answered.set()
+    assert [score.id for score in scores] == ["two", "one", "bad", "three"]
+    assert [score.value for score in scores] == [2.0, 1.0, None, 3.0]
+    assert fake.stream_options == ["length"]
+
+
+async def test_a_stream_ends_with_the_error_of_its_source_or_of_the_service(fake: FakeReward, serve: Any) -> None:
+    async def broken() -> Any:
+        yield ScoreItem(prompt="", response="a", id="one")
+        raise RuntimeError("the samples are gone")
+
+    twice = [ScoreItem(prompt="", response="a", id="same")] * 2
+    endless = (ScoreItem(prompt="", response="a", id=str(number)) for number in range(10**9))
+    async with AsyncRewardClient(await serve(ADD_REWARD, fake)) as client, asyncio.timeout(30):
+        with pytest.raises(RuntimeError, match="the samples are gone"):
+            _ = [score async for score in client.score_stream(broken())]
+        with pytest.raises(SteersmanError, match="id is 'same'"):
+            _ = [score async for score in client.score_stream(twice)]
+        with pytest.raises(SteersmanError, match="without scores for 1 items: one"):
+            _ = [score async for score in client.score_stream([ScoreItem(prompt="", response="a", id="one")])]
+        fake.errors = [not_found("scorer", "nobody")]
+        with pytest.raises(SteersmanError) as caught:
+            _ = [score async for score in client.score_stream(endless, scorer="nobody")]
+    assert caught.value.reason is Reason.NOT_FOUND
+
+
+async def test_the_blocking_stream_does_the_same(fake: FakeReward, serve: Any) -> None:
+    address = await serve(ADD_REWARD, fake)
+
+    def broken() -> Any:
+        yield ScoreItem(prompt="", response="a", id="one")
+        raise RuntimeError("the samples are gone")
+
+    def talk() -> None:
+        with RewardClient(address) as client:
+            items = [ScoreItem(prompt="", response="a" * size, id=str(size)) for size in (1, 2)]
+            assert [score.id for score in client.score_stream(items)] == ["2", "1"]
+            with pytest.raises(RuntimeError, match="the samples are gone"):
+                list(client.score_stream(broken()))
 
     await asyncio.to_thread(talk)
 
