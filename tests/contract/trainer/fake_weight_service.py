@@ -32,7 +32,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
     _staging: dict[str, bytearray] = field(default_factory=dict)
     _received: dict[str, int] = field(default_factory=dict)
 
-    async def GetWeightState(self, request, context):  # noqa: N802
+    async def GetWeightState(self, request, context):
         state = weights_pb2.GetWeightStateResponse(active=self._snapshot(self.active, self.digest))
         if request.include_manifest:
             state.manifest.CopyFrom(self.manifest)
@@ -40,7 +40,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
             state.staged.CopyFrom(self._snapshot(self.staged[0], self.staged[1]))
         return state
 
-    async def BeginPush(self, request, context):  # noqa: N802
+    async def BeginPush(self, request, context):
         version = version_from_proto(request.version)
         self.events.append(f"begin {version}")
         await self._fault("begin", context)
@@ -58,7 +58,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         self._received = dict.fromkeys(self._staging, 0)
         return weights_pb2.BeginPushResponse(push_id="p1", max_chunk_bytes=256)
 
-    async def PushChunks(self, requests: AsyncIterator[weights_pb2.PushChunksRequest], context):  # noqa: N802
+    async def PushChunks(self, requests: AsyncIterator[weights_pb2.PushChunksRequest], context):
         num_chunks = total = 0
         async for request in requests:
             chunk = request.chunk
@@ -77,7 +77,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         self.events.append("push")
         return weights_pb2.PushChunksResponse(received_bytes=total, num_chunks=num_chunks)
 
-    async def Stage(self, request, context):  # noqa: N802
+    async def Stage(self, request, context):
         self.events.append("stage")
         await self._fault("stage", context)
         assert self.pushing is not None
@@ -92,7 +92,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         self.pushing = None
         return weights_pb2.StageResponse(staged=self._snapshot(*self.staged[:2]))
 
-    async def Activate(self, request, context):  # noqa: N802
+    async def Activate(self, request, context):
         version = version_from_proto(request.version)
         self.events.append(f"activate {version}")
         await self._fault("activate", context)
@@ -103,7 +103,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
             self.staged = None
         return weights_pb2.ActivateResponse(active=self._snapshot(self.active, self.digest))
 
-    async def AbortPush(self, request, context):  # noqa: N802
+    async def AbortPush(self, request, context):
         self.events.append("abort")
         self.pushing = None
         return weights_pb2.AbortPushResponse()

@@ -196,7 +196,7 @@ async def test_versions_of_another_run_and_of_the_past_are_not_published() -> No
     with pytest.raises(ValueError, match=r"must be of run demo\.1"):
         await publisher.publish(image(seed=1, step=0, run_id="else.1"))
     await publisher.publish(image(seed=1, step=3))
-    with pytest.raises(ValueError, match="after demo.1@3"):
+    with pytest.raises(ValueError, match=r"after demo\.1@3"):
         await publisher.publish(image(seed=1, step=3))
 
 
