@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import torch
 import xxhash
@@ -59,23 +61,31 @@ def models(folders: list[Path]) -> list[PreTrainedModel]:
     return [save_model("qwen2", folder, seed) for seed, folder in enumerate(folders)]
 
 
+@contextmanager
+def running(folder: Path, log: Path) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
+    """A policy server and its address."""
+    command = [sys.executable, "-m", "steersman.policy", "--model", str(folder), "--kv-cache-mib", "32"]
+    command += ["--load-chunk-bytes", "65536", "--max-num-seqs", "16"]
+    with log.open("wb") as output:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        yield process, _wait_for_address(process, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
 @pytest.fixture(scope="module")
 def address(
     folders: list[Path], models: list[PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "policy.log"
-    command = [sys.executable, "-m", "steersman.policy", "--model", str(folders[0]), "--kv-cache-mib", "32"]
-    command += ["--load-chunk-bytes", "65536", "--max-num-seqs", "16"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        yield _wait_for_address(process, log)
+    with running(folders[0], log) as (process, address):
+        yield address
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0, log.read_text()[-4000:]
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def _wait_for_address(process: "subprocess.Popen[bytes]", log: Path) -> str:
@@ -233,3 +243,18 @@ def test_a_missing_checkpoint_is_said_at_once(tmp_path: Path) -> None:
     assert finished.returncode == 1
     assert "allowed: a folder with model.safetensors" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+async def test_a_killed_engine_ends_the_server_and_its_calls(
+    folders: list[Path], models: list[PreTrainedModel], tmp_path: Path
+) -> None:
+    with running(folders[0], tmp_path / "policy.log") as (process, address):
+        (engine,) = psutil.Process(process.pid).children()
+        async with grpc.aio.insecure_channel(address) as channel:
+            call = asyncio.create_task(generate(channel, [7], max_tokens=500, ignore_eos=True))
+            await generate(channel, [5], max_tokens=4, ignore_eos=True)
+            engine.kill()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.to_thread(process.wait, 60) == 1

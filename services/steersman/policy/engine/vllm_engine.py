@@ -29,7 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-from steersman.policy.engine import model_files, plugin
+from steersman.policy.engine import model_files, orphans, plugin
 from steersman.policy.engine.options import BLOCK_TOKENS, EngineOptions
 from steersman.policy.engine.port import (
     Activation,
@@ -84,7 +84,9 @@ def start_engine(options: EngineOptions) -> "VllmEngine":
     if current_platform.is_cpu():
         # create_engine_config asks for spawn, which imports vLLM a second time.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    return VllmEngine(AsyncLLM.from_vllm_config(config, disable_log_stats=True), options)
+    with orphans.forks_end_with_us():
+        llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    return VllmEngine(llm, options)
 
 
 class VllmEngine:
