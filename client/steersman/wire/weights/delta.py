@@ -201,10 +201,10 @@ class _Class:
         return positions.iter_positions(self.coding, self.section)
 
 
-def _read_count(reader: Reader, num_elements: int) -> int:
+def _read_count(reader: Reader, allowed: int) -> int:
     (num_changes,) = reader.unpack(_COUNT, "num_changes")
-    if num_changes > num_elements:
-        raise bad_chunk("num_changes", num_changes, f"at most {num_elements}, the span")
+    if num_changes > allowed:
+        raise bad_chunk("num_changes", num_changes, f"at most {allowed}, the rest of the span")
     return num_changes
 
 
@@ -212,9 +212,8 @@ def _bytes_of(section: bytes | memoryview) -> NDArray[np.uint8]:
     return np.frombuffer(section, np.uint8)
 
 
-def _read_class(reader: Reader, bits: NDArray[Any]) -> _Class | None:
+def _read_class(reader: Reader, bits: NDArray[Any], num_changes: int) -> _Class | None:
     """One class; None if nothing in it has changed."""
-    num_changes = _read_count(reader, bits.size)
     if num_changes == 0:
         return None
     (coding,) = reader.unpack(_CODING, "positions")
@@ -244,18 +243,20 @@ def _apply_steps(reader: Reader, bits: NDArray[Any], num_classes: int) -> int:
     thresholds = [reader.unpack(_THRESHOLD, "thresholds")[0] for _ in range(num_classes - 1)]
     if any(low >= high for low, high in zip([0, *thresholds], [*thresholds, 0x8000], strict=True)):
         raise bad_chunk("thresholds", thresholds, "ascending, 1 to 32767")
-    classes = [_read_class(reader, bits) for _ in range(num_classes)]
+    classes, unchanged = [], bits.size
+    for _ in range(num_classes):
+        num_changes = _read_count(reader, unchanged)
+        unchanged -= num_changes
+        classes.append(_read_class(reader, bits, num_changes))
     reader.end()
     if num_classes == 1:
         chosen = [(found.positions(), found.steps) for found in classes if found]
     else:
         chosen = _locate_classes(bits, thresholds, classes)
-    num_changes = 0
     for blocks, moves in chosen:
         for block in blocks:
             steps.apply_steps(bits, block, moves.take(block.size))
-            num_changes += block.size
-    return num_changes
+    return bits.size - unchanged
 
 
 def _locate_classes(
