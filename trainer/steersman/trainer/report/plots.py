@@ -8,9 +8,9 @@ from typing import Final
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH: Final = 520.0
-HEIGHT: Final = 250.0
-_LEFT: Final = 58.0
+WIDTH: Final = 380.0
+HEIGHT: Final = 205.0
+_LEFT: Final = 50.0
 _RIGHT: Final = 14.0
 _TOP: Final = 12.0
 _BOTTOM: Final = 30.0
@@ -76,12 +76,12 @@ def bar_plot(values: Mapping[str, float], *, label: str, unit: str = "") -> str:
     """An SVG of horizontal bars, one for each name. Empty if there is none."""
     if not values:
         return ""
-    row, left = 26.0, 150.0
+    row, left = 24.0, 104.0
     longest = max(max(values.values()), 1e-9)
     parts = []
     for index, (name, value) in enumerate(values.items()):
         y = 6 + index * row
-        width = max(0.0, value) / longest * (WIDTH - left - 80)
+        width = max(0.0, value) / longest * (WIDTH - left - 64)
         parts.append(
             f'<text class="tick" x="{left - 8:.0f}" y="{y + 14:.1f}" text-anchor="end">{escape(name)}</text>'
             f'<rect class="bar c0" x="{left:.0f}" y="{y:.1f}" width="{width:.1f}" height="18" rx="3"/>'
@@ -148,7 +148,7 @@ class _Frame:
     @classmethod
     def around(cls, points: Points) -> "_Frame":
         x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-        xs = [tick for tick in nice_ticks(x_low, x_high, num=6) if x_low <= tick <= x_high and tick == int(tick)]
+        xs = [tick for tick in nice_ticks(x_low, x_high, num=5) if x_low <= tick <= x_high and tick == int(tick)]
         if x_high <= x_low:
             x_low, x_high, xs = x_low - 1, x_low + 1, [x_low]
         ys = nice_ticks(min(y for _, y in points), max(y for _, y in points))
