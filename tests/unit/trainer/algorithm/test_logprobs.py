@@ -45,9 +45,10 @@ def test_both_forms_agree_with_the_slow_reference(problem):
         torch.testing.assert_close(result.entropy, torch.tensor([h for _, h in expected]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("keep_bytes", [0, 8 * VOCABULARY * 4, 1 << 20], ids=["none", "some", "all"])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
-def test_gradients_do_not_depend_on_the_chunks(problem, chunk_tokens, keep_bytes):
+def test_gradients_do_not_depend_on_the_chunks(problem, chunk_tokens, keep_bytes, with_entropy):
     hidden, head, bias, targets = problem
     weight_logprob, weight_entropy = torch.randn(2, TOKENS, generator=torch.Generator().manual_seed(1))
 
@@ -57,13 +58,15 @@ def test_gradients_do_not_depend_on_the_chunks(problem, chunk_tokens, keep_bytes
         targets,
         bias_V=bias,
         temperature=1.3,
-        with_entropy=True,
+        with_entropy=with_entropy,
         chunk_bytes=chunk_tokens * VOCABULARY * 4,
         keep_bytes=keep_bytes,
     )
-    objective = (result.logprobs * weight_logprob + result.entropy * weight_entropy).sum()
     logprobs, entropy = plain(hidden, head, bias, targets, 1.3)
-    expected = (logprobs * weight_logprob + entropy * weight_entropy).sum()
+    objective, expected = (result.logprobs * weight_logprob).sum(), (logprobs * weight_logprob).sum()
+    if with_entropy:
+        objective = objective + (result.entropy * weight_entropy).sum()
+        expected = expected + (entropy * weight_entropy).sum()
 
     for got, want in zip(
         torch.autograd.grad(objective, (hidden, head, bias)),
@@ -131,6 +134,14 @@ def test_no_float32_logits_of_the_whole_batch_are_allocated(with_entropy):
         )
         result.logprobs.sum().backward()
     assert largest.num_bytes == chunk_bytes
+
+
+def test_a_second_backward_fails_loudly_because_kept_probabilities_are_used_up(problem):
+    hidden, head, _, targets = problem
+    total = logprobs_from_hidden(hidden, head, targets).logprobs.sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        total.backward()
 
 
 def test_autocast_takes_the_matrix_product_to_bfloat16(problem):

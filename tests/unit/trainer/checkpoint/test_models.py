@@ -130,7 +130,7 @@ def test_a_tokenizer_must_not_have_more_tokens_than_the_model(tiny, tokenizer, t
 
 
 def test_a_source_is_a_path_or_a_configuration():
-    for bad in ({}, {"path": "x", "config": {"model_type": "qwen2"}}, {"config": {}}, {"path": "x", "paht": 1}):
+    for bad in ({}, {"path": "x", "config": {"model_type": "qwen2"}}, {"config": {}}, {"path": "x", "pth": 1}):
         with pytest.raises(ValidationError):
             ModelSource.model_validate(bad)
 

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from steersman.trainer.algorithm.products import matmul_nt
+
 # Large enough for efficient matrix products; small enough that a chunk stays near the caches of a CPU.
-CPU_CHUNK_BYTES = 16 << 20
+CPU_CHUNK_BYTES = 8 << 20
 ACCELERATOR_CHUNK_BYTES = 256 << 20
 DEFAULT_KEEP_BYTES = 64 << 20
+_FEW_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 keep = keep and keep_bytes >= log_p_CV.nbytes
                 if keep:
                     keep_bytes -= log_p_CV.nbytes
-                    kept.append(log_p_CV)
+                    # Backward needs log p for the entropy, and p alone without it.
+                    kept.append(log_p_CV if with_entropy else log_p_CV.exp_())
         ctx.save_for_backward(hidden_TD, head_VD, bias_V, targets_T, entropy_T, *kept)
         ctx.temperature, ctx.with_entropy, ctx.chunk_tokens, ctx.dtype = (
             temperature,
@@ -178,23 +182,24 @@ class _HeadLogprobs(torch.autograd.Function):
                 rows = slice(start, start + ctx.chunk_tokens)
                 hidden_CD = hidden_TD[rows].to(ctx.dtype)
                 if number < len(kept):
-                    log_p_CV = kept[number]
+                    known_CV = kept[number]
                 else:
-                    log_p_CV = torch.log_softmax(_chunk_logits(hidden_CD, compute_VD, bias_V, ctx.temperature), dim=-1)
-                grad_entropy_C = grad_entropy_T[rows] if ctx.with_entropy else None
-                entropy_C = entropy_T[rows] if ctx.with_entropy else None
-                grad_CV = _logits_grad(log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_C, entropy_C)
+                    z_CV = _chunk_logits(hidden_CD, compute_VD, bias_V, ctx.temperature)
+                    known_CV = torch.log_softmax(z_CV, dim=-1) if ctx.with_entropy else torch.softmax(z_CV, dim=-1)
+                if ctx.with_entropy:
+                    grad_CV = _grad_with_entropy(
+                        known_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_T[rows], entropy_T[rows]
+                    )
+                else:
+                    grad_CV = _grad(known_CV, targets_T[rows], grad_logprobs_T[rows])
                 grad_CV /= ctx.temperature
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(ctx.dtype)
                 if grad_hidden_TD is not None:
-                    grad_hidden_TD[rows] = (grad_CV @ compute_VD).to(hidden_TD.dtype)
+                    grad_hidden_TD[rows] = matmul_nt(grad_CV, compute_VD.T).to(hidden_TD.dtype)
                 if grad_head_VD is not None:
-                    if ctx.dtype == torch.float32:
-                        grad_head_VD.addmm_(grad_CV.T, hidden_CD)
-                    else:
-                        grad_head_VD += grad_CV.T @ hidden_CD
+                    _add_product(grad_head_VD, grad_CV, hidden_CD)
         return (
             grad_hidden_TD,
             None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype),
@@ -234,16 +239,29 @@ class _LogitsLogprobs(torch.autograd.Function):
         grad_TV = torch.empty_like(logits_TV)
         for start in range(0, len(logits_TV), ctx.chunk_tokens):
             rows = slice(start, start + ctx.chunk_tokens)
-            log_p_CV = torch.log_softmax(logits_TV[rows].float() / ctx.temperature, dim=-1)
-            grad_entropy_C = grad_entropy_T[rows] if ctx.with_entropy else None
-            entropy_C = entropy_T[rows] if ctx.with_entropy else None
-            grad_CV = _logits_grad(log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_C, entropy_C)
+            z_CV = logits_TV[rows].float() / ctx.temperature
+            if ctx.with_entropy:
+                log_p_CV = torch.log_softmax(z_CV, dim=-1)
+                grad_CV = _grad_with_entropy(
+                    log_p_CV, targets_T[rows], grad_logprobs_T[rows], grad_entropy_T[rows], entropy_T[rows]
+                )
+            else:
+                grad_CV = _grad(torch.softmax(z_CV, dim=-1), targets_T[rows], grad_logprobs_T[rows])
             grad_TV[rows] = (grad_CV / ctx.temperature).to(grad_TV.dtype)
         return grad_TV, *(None,) * 4
 
 
+def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """``total += grad.T @ hidden``, in float32."""
+    if grad_CV.dtype == torch.float32 and len(grad_CV) < _FEW_ROWS:
+        # Few rows make little work for each entry of the total: a separate sum would cost more than it wins.
+        total_VD.addmm_(grad_CV.T, hidden_CD)
+    else:
+        total_VD += matmul_nt(grad_CV.T, hidden_CD.T)
+
+
 def _chunk_logits(hidden_CD: Tensor, head_VD: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
-    z_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
+    z_CV = matmul_nt(hidden_CD.to(head_VD.dtype), head_VD).float()
     if bias_V is not None:
         z_CV += bias_V.float()
     if temperature != 1.0:
@@ -258,24 +276,17 @@ def _log_softmax_stats(z_CV: Tensor, targets_C: Tensor, with_entropy: bool) -> t
     return logprobs_C, entropy_C, log_p_CV
 
 
-def _logits_grad(
-    log_p_CV: Tensor,
-    targets_C: Tensor,
-    grad_C: Tensor,
-    grad_entropy_C: Tensor | None,
-    entropy_C: Tensor | None,
-) -> Tensor:
-    """Gradient with respect to ``z / temperature``.
+def _grad(p_CV: Tensor, targets_C: Tensor, grad_C: Tensor) -> Tensor:
+    """Gradient with respect to ``z / temperature``: ``d log p_a / dz_j = [a = j] - p_j``. Overwrites ``p_CV``."""
+    return p_CV.mul_(-grad_C[:, None]).scatter_add_(1, targets_C[:, None], grad_C[:, None])
 
-    ``d log p_a / dz_j = [a = j] - p_j`` and ``d H / dz_j = -p_j (log p_j + H)``.
-    """
-    p_CV = log_p_CV.exp()
-    if grad_entropy_C is None or entropy_C is None:
-        grad_CV = p_CV.mul_(-grad_C[:, None])
-    else:
-        pull_CV = (_finite(log_p_CV) + entropy_C[:, None]) * grad_entropy_C[:, None]
-        grad_CV = p_CV.mul_(-(pull_CV + grad_C[:, None]))
-    return grad_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
+
+def _grad_with_entropy(
+    log_p_CV: Tensor, targets_C: Tensor, grad_C: Tensor, grad_entropy_C: Tensor, entropy_C: Tensor
+) -> Tensor:
+    """As :func:`_grad`, with the entropy's gradient ``d H / dz_j = -p_j (log p_j + H)`` added."""
+    pull_CV = _finite(log_p_CV).add_(entropy_C[:, None]).mul_(grad_entropy_C[:, None]).add_(grad_C[:, None])
+    return log_p_CV.exp().mul_(pull_CV.neg_()).scatter_add_(1, targets_C[:, None], grad_C[:, None])
 
 
 def _finite(log_p: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steersman.trainer.checkpoint.models import resolve_device
+from steersman.trainer.stages.ppo_linear import speed_up
 
 DTypeSetting = Literal["auto", "float32", "bfloat16"]
 
@@ -23,8 +24,9 @@ class Placement:
     dtype: torch.dtype
 
     def move(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Moves ``model`` there, in place; gives it back."""
+        """Moves ``model`` there, in place, and lets float32 layers on a CPU take their faster form; gives it back."""
         nn.Module.to(model, self.device)
+        speed_up(model)
         return model
 
     def autocast(self) -> AbstractContextManager[object]:
