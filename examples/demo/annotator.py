@@ -34,7 +34,7 @@ class Judgement:
 
 def gold(prompt: str, answer: str, *, ended: bool = True) -> float:
     """The hidden score of an answer; about -4 to 4."""
-    score = 2.0 if _names_the_thing(prompt, answer) else 0.0
+    score = 2.0 if names_the_thing(prompt, answer) else 0.0
     score += min(2, sum(phrase in answer for phrase in KIND))
     score -= 1.5 * sum(answer.count(phrase) for phrase in RUDE)
     sentences = Counter(_sentences(answer))
@@ -53,7 +53,8 @@ def compare(
     return Judgement(first_is_better=rng.random() < probability, probability=probability)
 
 
-def _names_the_thing(prompt: str, answer: str) -> bool:
+def names_the_thing(prompt: str, answer: str) -> bool:
+    """Whether the answer names what was asked about, with its colour."""
     words = prompt.split()
     asked = next((index for index, word in enumerate(words) if word in language.THINGS), None)
     return asked is not None and f" {words[asked - 1]} {words[asked]} " in f" {answer} "
