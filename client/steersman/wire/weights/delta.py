@@ -74,6 +74,31 @@ def encode_delta(base: NDArray[Any], new: NDArray[Any], *, profile: Profile = Pr
     return body if len(body) < new_bits.nbytes else None
 
 
+def encode_changes(
+    changed: NDArray[np.int64], old: NDArray[Any], new: NDArray[Any], *, num_elements: int
+) -> bytes | None:
+    """As `encode_delta` in FAST, from changes that were found elsewhere: on the accelerator that holds the weights.
+
+    `changed` are ascending positions within a span of `num_elements`, `old` and `new` the elements there, of 1 or 2
+    bytes and different in each place: ValueError otherwise.
+    """
+    old_bits, new_bits = _flat_bits(old, "old"), _flat_bits(new, "new")
+    if old_bits.dtype != new_bits.dtype or not old_bits.size == new_bits.size == changed.size or old_bits.itemsize > 2:
+        found = f"{changed.size} positions, {old.size} {old.dtype} and {new.size} {new.dtype}"
+        raise ValueError(f"changes are {found}, allowed: as many of each, elements of 1 or 2 bytes")
+    if not 0 < num_elements <= MAX_SPAN_ELEMENTS:
+        raise ValueError(f"num_elements is {num_elements}, allowed: 1 to {MAX_SPAN_ELEMENTS}")
+    if changed.size and (changed[0] < 0 or changed[-1] >= num_elements or bool((changed[1:] <= changed[:-1]).any())):
+        raise ValueError(f"changed is not ascending within [0, {num_elements})")
+    if bool((old_bits == new_bits).any()):
+        raise ValueError("old and new are equal in places, allowed: changed elements only")
+    where = positions.PositionWriter()
+    where.add(changed)
+    head = _HEADER.pack(VERSION, _STEPS, old_bits.itemsize, 1, num_elements)
+    body = head + _pack_class(where, num_elements, [steps.steps_between(old_bits, new_bits)])
+    return body if len(body) < num_elements * old_bits.itemsize else None
+
+
 def apply_delta(data: bytes | bytearray | memoryview, span: NDArray[Any]) -> int:
     """Turns the base elements in `span` into the new ones, in place; returns the number of changed elements.
 
