@@ -27,6 +27,29 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         },
     ),
     Benchmark(
+        name="delta",
+        module="benchmarks.delta",
+        targets={
+            "delta_bytes_vs_entropy": Target(
+                what="bytes of lossless weight deltas against the flat empirical entropy of positions and steps, "
+                "AdamW, the worst of learning rates 1e-6, 3e-6 and 1e-5",
+                at_most=1.1,
+            ),
+            "delta_vs_sparse_safetensors": Target(
+                what="size of sparse safetensors (int32 index, bfloat16 value) against a delta, the worst of the three",
+                at_least=5.0,
+            ),
+            "delta_encode_gb_per_s": Target(
+                what="dense bfloat16 weights encoded per second of one core, learning rate 3e-6, GB/s",
+                at_least=1.5,
+            ),
+            "delta_apply_gb_per_s": Target(
+                what="dense bfloat16 weights to which a delta is applied per second of one core, 3e-6, GB/s",
+                at_least=4.0,
+            ),
+        },
+    ),
+    Benchmark(
         name="ppo",
         module="benchmarks.ppo",
         targets={
