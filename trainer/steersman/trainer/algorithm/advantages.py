@@ -9,8 +9,7 @@ from steersman.trainer.algorithm.metrics import masked_mean, masked_var
 def gae(
     rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and the returns they imply, both ``[B, T]`` in float32 and zero where
-    masked.
+    """Generalised advantage estimates and the returns they imply, ``[B, T]`` float32 each, zero where masked.
 
     ``delta_t = r_t + gamma * V_{t+1} - V_t`` and ``A_t = delta_t + gamma * lam * A_{t+1}``, where ``t + 1``
     is the next *counted* token: a masked token (padding, or a token that the policy did not write) is passed
@@ -52,8 +51,7 @@ def whiten(
     var: Tensor | None = None,
     epsilon: float = 1e-8,
 ) -> Tensor:
-    """``x`` scaled to unit variance over its counted entries and, if ``shift_mean``, to zero mean; zero where
-    masked.
+    """``x`` with unit variance over its counted entries and, if ``shift_mean``, zero mean; zero where masked.
 
     Give ``mean`` and ``var`` (scalars) when ``x`` is only a share of the batch, as with data parallelism: the
     moments must be those of the whole batch. Without ``shift_mean`` the mean stays what it was (rewards keep
@@ -71,13 +69,12 @@ def whiten(
 def group_relative(
     scores_NG: Tensor, mask_NG: Tensor | None = None, *, scale_by_std: bool = True, epsilon: float = 1e-6
 ) -> Tensor:
-    """GRPO's advantage of each sample over its group: ``(score - mean) / (std + epsilon)``, ``[N, G]``, zero
-    where masked.
+    """GRPO's advantage ``[N, G]`` of each sample over its group: ``(score - mean) / (std + epsilon)``.
 
-    ``scale_by_std=False`` leaves the division out (Liu et al., "Dr. GRPO", arXiv 2503.20783: the division
-    favours prompts that are nearly solved or nearly hopeless). A sample that has no score is masked out and
-    moves no mean. The standard deviation is the unbiased one, zero for a group of one. Source: Shao et al.,
-    arXiv 2402.03300, section 4.1.2.
+    ``scale_by_std=False`` leaves the division out (Liu et al., "Dr. GRPO", arXiv 2503.20783: the division favours
+    prompts that are nearly solved or nearly hopeless). A sample that has no score is masked out and moves no mean; its
+    advantage is zero. The standard deviation is the unbiased one, zero for a group of one.
+    Source: Shao et al., arXiv 2402.03300, section 4.1.2.
     """
     mask_NG, scores_NG, count_N1 = _group(scores_NG, mask_NG)
     mean_N1 = scores_NG.sum(1, keepdim=True) / count_N1.clamp(min=1)
@@ -89,8 +86,7 @@ def group_relative(
 
 
 def leave_one_out(scores_NG: Tensor, mask_NG: Tensor | None = None) -> Tensor:
-    """RLOO's advantage: a sample's score less the mean score of the *other* samples of its prompt, ``[N,
-    G]``.
+    """RLOO's advantage ``[N, G]``: a sample's score less the mean score of the *other* samples of its prompt.
 
     Zero where masked and in a group with one counted sample, which has no others to compare with.
     Source: Ahmadian et al., "Back to Basics", arXiv 2402.14740, equation 6.

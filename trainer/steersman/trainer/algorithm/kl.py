@@ -1,6 +1,4 @@
-"""KL divergence between the policy and the reference: estimators from samples, and the coefficient's
-controllers.
-"""
+"""KL divergence between policy and reference: estimators from samples, and controllers of its coefficient."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,9 +11,13 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Per-token estimate of ``KL(policy || reference)`` in nats from tokens that the policy sampled.
 
-    With ``log r = ref_logprobs - logprobs``: ``k1 = -log r`` is unbiased and of high variance; ``k2 = (log
-    r)^2 / 2`` has low variance and a small bias; ``k3 = r - 1 - log r`` is unbiased, never negative and of
-    low variance. Shapes ``[...]`` alike, and so is the result. ValueError for an unknown estimator.
+    With ``log r = ref_logprobs - logprobs``:
+
+    - ``k1 = -log r`` is unbiased and of high variance;
+    - ``k2 = (log r)^2 / 2`` has low variance and a small bias;
+    - ``k3 = r - 1 - log r`` is unbiased, never negative and of low variance.
+
+    Shapes ``[...]`` alike, and so is the result. ValueError for an unknown estimator.
 
     Source: J. Schulman, "Approximating KL Divergence", 2020.
     """
@@ -39,9 +41,7 @@ class KLController(Protocol):
         ...
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Takes in ``kl``, the mean over the sequences of the per-sequence KL in nats, of ``num_samples``
-        sequences.
-        """
+        """Takes in ``kl``, the mean KL of a sequence in nats, over ``num_samples`` sequences."""
         ...
 
     def state_dict(self) -> dict[str, float]:

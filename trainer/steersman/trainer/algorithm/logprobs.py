@@ -46,8 +46,7 @@ def logprobs_from_hidden(
     chunk_bytes: int | None = None,
     keep_bytes: int = DEFAULT_KEEP_BYTES,
 ) -> TokenLogprobs:
-    """Log-probs of ``targets [...]`` under the head ``head_VD`` (and ``bias_V``) applied to ``hidden [...,
-    D]``.
+    """Log-probs of ``targets [...]`` under the head ``head_VD`` (and ``bias_V``) on ``hidden [..., D]``.
 
     ``hidden[i]`` is the state that *predicts* ``targets[i]``: the caller shifts. Differentiable in
     ``hidden``, ``head_VD`` and ``bias_V``, through the log-probs and through the entropy. The matrix product
@@ -98,8 +97,7 @@ def logprobs_from_logits(
     with_entropy: bool = False,
     chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
-    """Log-probs of ``targets [...]`` under ``logits [..., V]``; the float32 copy exists for one chunk at a
-    time.
+    """Log-probs of ``targets [...]`` under ``logits [..., V]``; a float32 copy exists of one chunk only.
 
     The gradient has the type and shape of ``logits``. Errors as for :func:`logprobs_from_hidden`.
     """

@@ -17,9 +17,7 @@ from steersman.trainer.algorithm.metrics import masked_sum
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """``loss`` is a differentiable scalar; ``sums`` are detached sums over ``count`` items, named as they are
-    logged.
-    """
+    """``loss`` is a differentiable scalar; ``sums`` are detached sums over ``count`` items."""
 
     loss: Tensor
     sums: dict[str, Tensor]
@@ -27,9 +25,7 @@ class LossOutput:
 
 
 def token_nll_loss(logprobs: Tensor, mask: Tensor, *, denominator: float | Tensor) -> LossOutput:
-    """Negative log-likelihood of the counted tokens over ``denominator`` (supervised fine-tuning). Shape
-    ``[...]``.
-    """
+    """Negative log-likelihood of the counted tokens over ``denominator`` (fine-tuning). Shape ``[...]``."""
     nll = -masked_sum(logprobs, mask)
     return LossOutput(loss=nll / denominator, sums={"nll": nll.detach()}, count=mask.sum())
 
@@ -75,8 +71,7 @@ def policy_loss(
     denominator: float | Tensor,
     weights: Tensor | None = None,
 ) -> LossOutput:
-    """PPO's clipped surrogate, ``max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))`` with ``r = pi /
-    pi_old``.
+    """PPO's clipped surrogate: ``max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))``, ``r = pi / pi_old``.
 
     ``clip_high`` defaults to ``clip_low`` (a wider one is the "clip-higher" of DAPO, arXiv 2503.14476).
     ``weights`` are per-token importance weights (:func:`truncated_importance_weights`). All shapes ``[...]``
@@ -157,8 +152,7 @@ def kl_loss(
     denominator: float | Tensor,
     weights: Tensor | None = None,
 ) -> LossOutput:
-    """KL to the reference as a term of the loss (in place of the reward). Shape ``[...]``. Sums:
-    ``policy/kl_loss``.
+    """KL to the reference as a term of the loss (in place of the reward), ``[...]``; sums: ``policy/kl_loss``.
 
     The gradient of ``k2`` is, on policy, that of the reverse KL; ``k3`` is GRPO's choice (arXiv 2402.03300),
     whose gradient is that of the forward KL. The gradient of ``k1`` is zero in expectation whatever the
@@ -176,9 +170,7 @@ def kl_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class RankedPairs:
-    """Pairs made of ranked responses: row numbers ``better_P`` and ``worse_P``, ``tie_P``, and ``weight_P`` =
-    1 / pairs of its comparison.
-    """
+    """Row numbers ``better_P`` and ``worse_P``, ``tie_P``, and ``weight_P``: one over the pairs of its comparison."""
 
     better_P: Tensor  # noqa: N815
     worse_P: Tensor  # noqa: N815
@@ -219,8 +211,7 @@ def bradley_terry_loss(
     tie_P: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """Negative log-likelihood of pairwise choices, ``-log sigmoid(better - worse - margin)``, weighted, over
-    ``denominator``.
+    """Negative log-likelihood of choices: ``-log sigmoid(better - worse - margin)``, weighted, over ``denominator``.
 
     Scores are ``[P]``, one pair each. ``margin_P`` asks for a larger gap (Llama 2, arXiv 2307.09288, equation
     2); ``label_smoothing`` is the chance in [0, 0.5) that the annotator erred; a pair of ``tie_P`` has target

@@ -29,8 +29,7 @@ def masked_var(x: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """``1 - Var[returns - values] / Var[returns]`` over the counted tokens: 1 is a perfect critic, 0 a
-    constant one.
+    """``1 - Var[returns - values] / Var[returns]`` over counted tokens: 1 is a perfect critic, 0 a constant one.
 
     Shapes ``[...]`` alike. NaN when the returns do not vary, since nothing is there to explain. Scalar.
     """
@@ -57,8 +56,7 @@ def wilson_interval(successes: float, trials: float, *, z: float = 1.959964) -> 
 
 @dataclass(kw_only=True)
 class MetricSums:
-    """Adds per-token sums from micro-batches and divides once, so that the mean is over tokens and not over
-    batches.
+    """Adds sums from micro-batches and divides once, so that a mean is over tokens and not over batches.
 
     >>> sums = MetricSums()
     >>> sums.add({"clipfrac": torch.tensor(3.0)}, count=torch.tensor(10))

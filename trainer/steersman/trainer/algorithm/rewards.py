@@ -11,8 +11,7 @@ from steersman.trainer.algorithm.advantages import whiten
 def penalise_missing_eos(
     scores_B: Tensor, ended_B: Tensor, *, penalty: float, mode: Literal["subtract", "replace"] = "subtract"
 ) -> Tensor:
-    """Scores in which a response that did not end by itself (``ended_B`` false: it ran into the limit) is
-    worth less.
+    """Scores in which a response that ran into the limit (``ended_B`` is false) is worth less.
 
     ``subtract`` takes ``penalty`` off the score; ``replace`` gives ``-penalty`` in its place, since the
     reward model never saw an unfinished response. ``[B]``. Source: Huang et al., "The N+ Implementation
@@ -39,8 +38,7 @@ def clip_scores(scores_B: Tensor, limit: float | None) -> Tensor:
 
 
 def token_rewards(kl_BT: Tensor, scores_B: Tensor, mask_BT: Tensor, *, kl_coef: float) -> Tensor:
-    """Rewards ``[B, T]`` in float32: ``-kl_coef * kl`` at every counted token, plus the score at the last
-    counted one.
+    """Rewards ``[B, T]`` in float32: ``-kl_coef * kl`` at counted tokens, plus the score at the last of them.
 
     Zero where masked. ``kl_BT`` is the per-token estimate (k1 in the original). A row without a counted token
     keeps no reward. Source: Ouyang et al. (InstructGPT), arXiv 2203.02155, equation 2; Ziegler et al., arXiv
@@ -56,8 +54,7 @@ def token_rewards(kl_BT: Tensor, scores_B: Tensor, mask_BT: Tensor, *, kl_coef: 
 
 
 def whiten_rewards(rewards_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Rewards scaled to unit variance over the batch's counted tokens; their mean stays, so that good stays
-    good.
+    """Rewards with unit variance over the batch's counted tokens; their mean stays, so that good stays good.
 
     Source: arXiv 2403.17031, detail "reward whitening" (``shift_mean=False``).
     """
