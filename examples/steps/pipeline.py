@@ -1,6 +1,6 @@
 """The order of things.
 
-    data -> sft -> policy (vLLM) -> pairs, compared -> reward_model -> reference, reward -> ppo -> evaluation
+    data -> sft -> policy (vLLM), reference -> pairs, compared -> reward_model -> reward -> ppo -> evaluation
 
 Services are processes that talk gRPC; training runs as jobs of the trainer service. This is a client of them: it uses
 the SDK and the supervisor, and nothing of the trainer or the services.
@@ -54,16 +54,16 @@ class Pipeline:
             stack.start("trainer", settings={"trainer": {"runs_directory": self._directory / "jobs"}})
         with console.phase("sft"):
             sft = self._train_sft(data)
-        with console.phase("policy"):
+        with console.phase("serving"):
             # The answers before come from the same process as those after: only the weights differ.
-            self._serve(policy=sft)
+            self._serve(policy=sft, reference=sft)
             before = self._measure(data, tokenizer, "before PPO")
         with console.phase("comparisons"):
             comparisons = data.comparisons or self._compare(data, tokenizer)
         with console.phase("reward_model"):
             reward_model = self._train_reward_model(sft, comparisons)
-        with console.phase("services"):
-            self._serve(reference=sft, reward=reward_model)
+        with console.phase("scoring"):
+            self._serve(reward=reward_model)
         with console.phase("ppo"):
             self._train_ppo(data, sft, reward_model, tokenizer)
         with console.phase("evaluation"):

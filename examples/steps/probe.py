@@ -19,7 +19,9 @@ from steersman.client import SteersmanError
 
 
 class Probe:
-    """A thread that looks every few seconds, from entering the `with` block to leaving it, and writes a row a look.
+    """A thread that looks every few seconds, from entering the `with` block to leaving it.
+
+    It writes one row for each step that it saw.
 
     Without a hidden score, or without prompts, it does nothing.
     """
@@ -39,6 +41,7 @@ class Probe:
         self._gold = gold
         self._config = config
         self._path = path
+        self._last_step = -1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
 
@@ -76,6 +79,9 @@ class Probe:
             )
         )
         row = self._row([answer for (answer,) in answers])
+        if row["step"] == self._last_step:
+            return
+        self._last_step = row["step"]
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -48,7 +48,7 @@ class Stack:
         specs = []
         for service in services:
             address = f"127.0.0.1:{free_port()}"
-            flags = {"port": address.rpartition(":")[2], "metrics_port": 0} | settings.get(service, {})
+            flags: dict[str, Any] = {"port": address.rpartition(":")[2], "metrics_port": 0, **settings.get(service, {})}
             arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
             environment = {"OMP_NUM_THREADS": str(threads)}
             specs.append(ServiceSpec.of(service, arguments, address=address, environment=environment))
