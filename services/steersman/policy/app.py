@@ -1,5 +1,6 @@
 """Builds the policy service: checkpoint, engine, weight store, handlers, servicers."""
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,12 @@ async def build(settings: PolicySettings, metrics: Metrics) -> PolicyService:
         raise unavailable(f"the engine did not start: {error}") from error
     try:
         await engine.prepare()
-        return PolicyService(engine, checkpoint, settings, metrics)
+        service = PolicyService(engine, checkpoint, settings, metrics)
     except BaseException:
         await engine.shutdown()
         raise
+    # Half a million objects of torch and vLLM live as long as the process: looking through them again and again
+    # would hold up the event loop, and the exit.
+    gc.collect()
+    gc.freeze()
+    return service

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import xxhash
-from tiny_models import VOCAB_SIZE, save_model
+from tiny_models import VOCAB_SIZE, save_model, save_tokenizer
 from transformers import PreTrainedModel
 
 from steersman.policy.weights.checkpoint import Checkpoint
@@ -58,7 +58,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def models(folders: list[Path]) -> list[PreTrainedModel]:
-    return [save_model("qwen2", folder, seed) for seed, folder in enumerate(folders)]
+    save_tokenizer(folders[0])
+    return [save_model("llama", folder, seed) for seed, folder in enumerate(folders)]
 
 
 @contextmanager
@@ -210,6 +211,44 @@ async def test_stop_tokens_end_a_sample(channel: grpc.aio.Channel) -> None:
     (stopped,) = await generate(channel, [7], max_tokens=30, temperature=0, stop_token_ids=[stop], ignore_eos=True)
     assert stopped.tokens == free.tokens[: free.tokens.index(stop) + 1]
     assert stopped.finish_reason == policy_pb2.FINISH_REASON_STOP
+
+
+async def ask(channel: grpc.aio.Channel, request: policy_pb2.GenerateRequest) -> list[policy_pb2.GenerateResponse]:
+    stub = policy_pb2_grpc.PolicyServiceStub(channel)
+    return [response async for response in stub.Generate(request, timeout=CALL_S)]
+
+
+async def test_text_and_chat_are_rendered_and_answered_in_text(channel: grpc.aio.Channel) -> None:
+    greedy = policy_pb2.SamplingParameters(temperature=0, max_tokens=12, ignore_eos=True)
+    text = policy_pb2.GenerateRequest(text="w7 w8", sampling=greedy, return_text=True)
+    responses = await ask(channel, text)
+    assert list(responses[0].prompt_token_ids.ids) == [7, 8]
+    tokens = [token for response in responses for token in response.token_ids]
+    words = " ".join(f"w{token}" for token in tokens)
+    assert "".join(response.text for response in responses).strip() == words
+    message = types_pb2.ChatMessage(role="user", content="w9")
+    chat = policy_pb2.GenerateRequest(chat=types_pb2.Chat(messages=[message]), sampling=greedy)
+    assert list((await ask(channel, chat))[0].prompt_token_ids.ids) == [3, 9, 4]
+    message.role = "alien"
+    chat = policy_pb2.GenerateRequest(chat=types_pb2.Chat(messages=[message]))
+    with pytest.raises(grpc.aio.AioRpcError, match="users only"):
+        await ask(channel, chat)
+
+
+async def test_stop_texts_end_a_sample(channel: grpc.aio.Channel) -> None:
+    (free,) = await generate(channel, [7], max_tokens=30, temperature=0, ignore_eos=True)
+    word = f"w{free.tokens[10]}"
+    request = policy_pb2.GenerateRequest(
+        prompt_token_ids=types_pb2.TokenIds(ids=[7]),
+        sampling=policy_pb2.SamplingParameters(temperature=0, max_tokens=30, ignore_eos=True, stop=[word]),
+        output_mode=policy_pb2.OUTPUT_MODE_FINAL,
+    )
+    (response,) = await ask(channel, request)
+    assert response.finish_reason == policy_pb2.FINISH_REASON_STOP
+    assert response.stop_reason == word
+    assert list(response.token_ids) == free.tokens[: len(response.token_ids)]
+    assert len(response.token_ids) < 30
+    assert len(response.logprobs) == len(response.token_ids)
 
 
 async def test_a_live_push_is_exact_for_every_token(

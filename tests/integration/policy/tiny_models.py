@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCAB_SIZE = 320
 EOS_TOKEN_ID = 2
@@ -37,3 +45,19 @@ def save_model(kind: str, folder: Path, seed: int) -> PreTrainedModel:
                 parameter.normal_(1.0, 0.1)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of words "w0" to "w319" with a chat template: "w3 CONTENT" for a turn, then "w4"."""
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{index}": index for index in range(3, VOCAB_SIZE)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}"
+        "{% if message.role != 'user' %}{{ raise_exception('users only') }}{% endif %}"
+        "w3 {{ message.content }} {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -282,12 +282,15 @@ class VllmEngine:
 def _read_facts(llm: AsyncLLM, options: EngineOptions) -> ModelFacts:
     config = llm.model_config
     tokenizer: Any = None if config.skip_tokenizer_init else llm.get_tokenizer()
+    eos_token_ids = model_files.eos_token_ids(options.model)
+    if not eos_token_ids and getattr(tokenizer, "eos_token_id", None) is not None:
+        eos_token_ids = (int(tokenizer.eos_token_id),)
     info = ModelInfo(
         name=options.served_name or options.model.name,
         vocab_size=config.get_vocab_size(),
         max_sequence_tokens=config.max_model_len,
         dtype=str(config.dtype).removeprefix("torch."),
-        eos_token_ids=model_files.eos_token_ids(options.model),
+        eos_token_ids=eos_token_ids,
     )
     return ModelFacts(
         info=info,
