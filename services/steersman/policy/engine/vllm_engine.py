@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any
 
 from vllm import SamplingParams
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -40,16 +40,13 @@ from steersman.policy.engine.port import (
     KvCachePolicy,
     ModelFacts,
     SampleDelta,
-    TensorSlot,
     WeightLoadError,
 )
 from steersman.policy.engine.spans import VersionTracker
+from steersman.policy.engine.streams import groups_of, merge
 from steersman.wire.identity import ModelInfo, WeightVersion
 
 _LOG = logging.getLogger(__name__)
-_DELTAS_AHEAD: Final = 4
-"""Messages of one request that may wait for a slow reader, for each sample; then vLLM itself merges deltas.
-"""
 
 
 def start_engine(options: EngineOptions) -> "VllmEngine":
@@ -121,7 +118,7 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[SampleDelta, None]:
         """Samples, in the order in which tokens come. Aborts what is unfinished when closed or cancelled."""
         streams = [self._sample(request, index) for index in range(request.num_samples)]
-        merged = streams[0] if len(streams) == 1 else _merge(streams)
+        merged = streams[0] if len(streams) == 1 else merge(streams)
         async with contextlib.aclosing(merged):
             try:
                 async for delta in merged:
@@ -207,7 +204,7 @@ class VllmEngine:
             self._session_open = True
             try:
                 await self._update(action="open")
-                for group in _groups(weights.slots, self._options.load_chunk_bytes):
+                for group in groups_of(weights.slots, self._options.load_chunk_bytes):
                     slots = [(slot.name, slot.dtype, list(slot.shape), slot.offset_bytes) for slot in group]
                     await self._update(action="load", path=weights.path, slots=slots)
                 num_parts = max(1, -(-weights.nbytes // self._options.load_chunk_bytes))
@@ -314,53 +311,6 @@ def _finish_reason(reason: str | None) -> FinishReason | None:
             return FinishReason.LENGTH
         case _:
             return FinishReason.ABORTED
-
-
-def _groups(slots: Sequence[TensorSlot], max_bytes: int) -> Iterator[list[TensorSlot]]:
-    """Runs of tensors of at most `max_bytes` together, or a single larger one."""
-    group: list[TensorSlot] = []
-    held = 0
-    for slot in slots:
-        if group and held + slot.nbytes > max_bytes:
-            yield group
-            group, held = [], 0
-        group.append(slot)
-        held += slot.nbytes
-    if group:
-        yield group
-
-
-async def _merge(streams: Sequence[AsyncGenerator[SampleDelta, None]]) -> AsyncGenerator[SampleDelta, None]:
-    """The items of all streams as they come. The first error ends it; what is left is cancelled on the way
-    out.
-    """
-    queue: asyncio.Queue[SampleDelta | BaseException | None] = asyncio.Queue(_DELTAS_AHEAD * len(streams))
-
-    async def drain(stream: AsyncGenerator[SampleDelta, None]) -> None:
-        try:
-            async with contextlib.aclosing(stream):
-                async for delta in stream:
-                    await queue.put(delta)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
-    num_open = len(tasks)
-    try:
-        while num_open:
-            item = await queue.get()
-            if item is None:
-                num_open -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextlib.contextmanager
