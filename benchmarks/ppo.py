@@ -28,7 +28,7 @@ from benchmarks.context import Context, Measured
 from benchmarks.figures import paired_ratio, spread
 from benchmarks.stack import CORES, Running, Service, running, tail, thread_environment
 from steersman.client import TrainerClient
-from steersman.client.types import JobState
+from steersman.client.types import JobState, StepMetrics
 from steersman.trainer.stages.run import METRICS_FILE, read_rows
 
 BATCH: Final = 64
@@ -87,15 +87,12 @@ def run(context: Context) -> Measured:
 def _compare(inputs: Inputs, plan: Plan) -> tuple[float, dict[str, Any]]:
     ours, theirs = [], []
     idle: list[float] = []
-    busy: list[dict[str, float]] = []
     with running(_services(inputs), inputs.directory / "services") as stack:
         for number in range(plan.turns):
             before = stack.cpu_seconds()
             theirs.append(_trl_turn(inputs, plan, number))
-            between = stack.cpu_seconds()
+            idle.append(sum(stack.cpu_seconds().values()) - sum(before.values()))
             ours.append(_steersman_turn(inputs, plan, number, stack))
-            idle.append(sum(between.values()) - sum(before.values()))
-            busy.append({name: seconds - between[name] for name, seconds in stack.cpu_seconds().items()})
     rates = [turn.samples_per_s for turn in ours], [turn.samples_per_s for turn in theirs]
     ratio = paired_ratio(*rates)
     return ratio.median, {
@@ -103,8 +100,6 @@ def _compare(inputs: Inputs, plan: Plan) -> tuple[float, dict[str, Any]]:
         "steersman_samples_per_s": dataclasses.asdict(spread(rates[0])),
         "trl_samples_per_s": dataclasses.asdict(spread(rates[1])),
         "idle_services_cpu_s_per_turn": round(fmean(idle), 2),
-        # With start-up and warm-up of the trainer.
-        "cpu_s_per_turn": {name: round(_mean(busy, name), 2) for name in _SERVICES},
         "steersman_turns": [dataclasses.asdict(turn) for turn in ours],
         "trl_turns": [dataclasses.asdict(turn) for turn in theirs],
     }
@@ -169,13 +164,18 @@ def _steersman_turn(inputs: Inputs, plan: Plan, number: int, stack: Running) -> 
         job = client.create_job(
             "ppo", job_config(inputs, stack.addresses, steps=steps, seed=number), job_id=f"turn-{number}"
         )
-        for _ in client.watch_job(job.id, reconnect_seconds=TURN_SECONDS):
-            pass
+        cpu: dict[int, dict[str, float]] = {}
+        for event in client.watch_job(job.id, reconnect_seconds=TURN_SECONDS):
+            if isinstance(event.event, StepMetrics):
+                cpu[event.event.step] = stack.cpu_seconds()
         job = client.get_job(job.id)
     folder = inputs.directory / "runs" / job.id
     if job.state is not JobState.SUCCEEDED:
         raise RuntimeError(f"the PPO job is {job.state}: {job.error}\n{tail(folder / 'log.txt')}")
-    return steersman_turn(read_rows(folder / METRICS_FILE), plan)
+    turn = steersman_turn(read_rows(folder / METRICS_FILE), plan)
+    first, last = cpu[plan.warm_up], cpu[plan.warm_up + plan.counted]
+    cpu_per_batch = {name: round((last[name] - first[name]) / plan.counted, 3) for name in _SERVICES}
+    return dataclasses.replace(turn, detail={**turn.detail, "processor_seconds_per_batch": cpu_per_batch})
 
 
 def steersman_turn(rows: Sequence[Mapping[str, float]], plan: Plan) -> Turn:
