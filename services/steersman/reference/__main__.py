@@ -13,7 +13,7 @@ async def build(settings: ReferenceSettings, metrics: Metrics) -> ReferenceServi
     # Heavy imports wait until the settings are known to be good.
     from steersman.reference.engine.torch_engine import TorchLogprobEngine
     from steersman.reference.handler import ReferenceHandler
-    from steersman.serving.batching import BatchMetrics
+    from steersman.serving.batch_metrics import BatchMetrics
 
     engine = TorchLogprobEngine.load(settings)
     observer = BatchMetrics(metrics).observer("reference")

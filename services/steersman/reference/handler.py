@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steersman.reference.engine.port import LogprobEngine, LogprobQuery, LogprobRow
-from steersman.serving.batching import Batcher, BatchingSettings, BatchObserver, Priority
+from steersman.serving.batch_metrics import BatchObserver
+from steersman.serving.batching import Batcher, BatchingSettings, Priority
 from steersman.serving.service import EngineDead
 from steersman.wire.errors import Reason, SteersmanError, invalid_field
 from steersman.wire.identity import ModelInfo

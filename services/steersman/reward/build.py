@@ -8,7 +8,7 @@ from steersman.reward.plugin import load_function
 from steersman.reward.settings import FunctionScorerSettings, ModelScorerSettings, RewardSettings
 from steersman.reward.text import Encoding, TextEncoder
 from steersman.reward.types import Scorer
-from steersman.serving.batching import BatchMetrics
+from steersman.serving.batch_metrics import BatchMetrics
 from steersman.serving.metrics import Metrics
 from steersman.serving.models import load_tokenizer, use_threads
 

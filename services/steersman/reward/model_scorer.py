@@ -23,7 +23,8 @@ from steersman.reward.types import (
     check_content,
     failed,
 )
-from steersman.serving.batching import Batcher, BatchingSettings, BatchObserver, Priority
+from steersman.serving.batch_metrics import BatchObserver
+from steersman.serving.batching import Batcher, BatchingSettings, Priority
 from steersman.serving.service import EngineDead
 from steersman.wire.errors import Reason, SteersmanError, invalid_field
 from steersman.wire.identity import ModelInfo

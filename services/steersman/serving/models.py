@@ -21,6 +21,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from steersman.serving import linear
+
 logger = logging.getLogger(__name__)
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -81,8 +83,8 @@ def find_checkpoint(field: str, model: str, revision: str | None = None) -> Chec
     )
 
 
-def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str) -> Any:
-    """The model of a checkpoint by one of transformers' auto classes, on the CPU; `field` names the setting in errors.
+def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str, device: torch.device) -> Any:
+    """A frozen model by one of transformers' auto classes, on `device`; `field` names the setting in errors.
 
     Raises `ValueError` if it cannot be loaded, or lacks weights, which transformers would fill with random numbers.
     """
@@ -97,6 +99,8 @@ def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str) 
     if missing:
         shown = ", ".join(missing[:5])
         raise ValueError(f"{field}: lacks the weights {shown}, allowed: a whole checkpoint, its head included")
+    model = model.to(device).eval().requires_grad_(False)
+    linear.speed_up(model)
     return model
 
 

@@ -17,7 +17,8 @@ from steersman.reference.engine.port import LogprobQuery, LogprobRow
 from steersman.reference.engine.torch_engine import TorchLogprobEngine
 from steersman.reference.handler import ReferenceHandler
 from steersman.reference.servicer import ReferenceService
-from steersman.serving.batching import BatchingSettings, BatchMetrics
+from steersman.serving.batch_metrics import BatchMetrics
+from steersman.serving.batching import BatchingSettings
 from steersman.serving.metrics import Metrics
 from steersman.serving.server import start_server
 from steersman.serving.settings import ServerSettings

@@ -25,7 +25,8 @@ from steersman.reward.servicer import RewardService
 from steersman.reward.settings import FunctionScorerSettings
 from steersman.reward.text import TextEncoder
 from steersman.reward.types import Scorer
-from steersman.serving.batching import BatchingSettings, BatchMetrics
+from steersman.serving.batch_metrics import BatchMetrics
+from steersman.serving.batching import BatchingSettings
 from steersman.serving.metrics import Metrics
 from steersman.serving.server import start_server
 from steersman.serving.settings import ServerSettings

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steersman.serving.batch_metrics import BatchMetrics, BatchRecord
 from steersman.serving.batching import (
     INTERACTIVE_STREAK,
     Batcher,
     BatchingSettings,
-    BatchMetrics,
-    BatchRecord,
     Priority,
     worth_padding,
 )

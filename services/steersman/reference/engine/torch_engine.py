@@ -59,7 +59,7 @@ class TorchLogprobEngine:
         use_threads(settings.num_threads)
         device = choose_device("device", settings.device)
         found = find_checkpoint("model", settings.model, settings.revision)
-        model = load_pretrained("model", AutoModelForCausalLM, found, settings.dtype).to(device)
+        model = load_pretrained("model", AutoModelForCausalLM, found, settings.dtype, device)
         info = ModelInfo(
             name=settings.name or found.name,
             revision=found.revision,

@@ -58,7 +58,7 @@ class TorchScoreEngine:
         """Loads what the settings name. Raises `ValueError` that names the setting below `field` that is wrong."""
         device = choose_device(f"{field}.device", settings.device)
         found = find_checkpoint(f"{field}.model", settings.model, settings.revision)
-        model = _load_classifier(f"{field}.model", found, settings.dtype).to(device)
+        model = _load_classifier(f"{field}.model", found, settings.dtype, device)
         info = ModelInfo(
             name=found.name,
             revision=found.revision,
@@ -113,11 +113,11 @@ class TorchScoreEngine:
         )
 
 
-def _load_classifier(field: str, found: Checkpoint, dtype: str) -> Any:
+def _load_classifier(field: str, found: Checkpoint, dtype: str, device: torch.device) -> Any:
     config = AutoConfig.from_pretrained(found.source, revision=found.hub_revision or "main")
     if config.num_labels != 1:
         raise ValueError(f"{field}: has {config.num_labels} labels, allowed: a sequence classifier with 1 label")
-    return load_pretrained(field, AutoModelForSequenceClassification, found, dtype)
+    return load_pretrained(field, AutoModelForSequenceClassification, found, dtype, device)
 
 
 def read_normalization(field: str, config: Any) -> Normalization:
