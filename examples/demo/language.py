@@ -116,7 +116,7 @@ def vocabulary() -> list[str]:
 
 
 def _fact(question: Question, rng: random.Random) -> str:
-    beside = rng.random() < 0.45
+    beside = rng.random() < 0.40
     # Beside the point, it may be another thing that the answer is about.
     other = beside and rng.random() < 0.5
     template = rng.choice(ASIDES if beside and not other else FACTS)

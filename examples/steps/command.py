@@ -37,7 +37,7 @@ def write_report(directory: Path) -> Path:
     """Makes report.html of the folder."""
     report = directory / "report.html"
     command = [sys.executable, "-m", "steersman.trainer.report", str(directory), "-o", str(report)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
     return report
 
 

@@ -143,6 +143,7 @@ def test_without_a_hidden_rule_the_reward_model_judges(tmp_path: Path) -> None:
 def test_the_command_writes_the_page_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", ppo_rows(2))
     assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     check((run / "report.html").read_text())
     assert main([str(run), "-o", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()

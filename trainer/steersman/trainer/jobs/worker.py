@@ -119,19 +119,19 @@ def _run_stage(
         return JobState.FAILED, f"{type(error).__name__}: {error}"
     finally:
         events.close()
-    if stop() and not _finished(result, events):
+    if _was_stopped(result, events, asked=stop()):
         return JobState.CANCELLED, ""
     folder.write_json(directory / folder.RESULT_FILE, _as_json(result))
     return JobState.SUCCEEDED, ""
 
 
-def _finished(result: object, events: EventWriter) -> bool:
-    """Whether a stage that was asked to stop had reached its end already."""
+def _was_stopped(result: object, events: EventWriter, *, asked: bool) -> bool:
+    """Whether a stage returned before its end. Asked to stop, it may have been there already."""
     stopped = getattr(result, "stopped", None)
     if isinstance(stopped, bool):
-        return not stopped
+        return stopped
     last = events.last_progress
-    return last.total_steps > 0 and last.step >= last.total_steps
+    return asked and not 0 < last.total_steps <= last.step
 
 
 def _as_json(result: object) -> dict[str, object]:

@@ -10,7 +10,7 @@ from steersman.trainer.report.page import render
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the page whole or not at all; returns the exit status."""
+    """Writes the page whole or not at all; prints where it is, and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m steersman.trainer.report", description="Write a report of a run.")
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="folder of a job, or of a pipeline")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html in the folder")
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     partial = output.with_name(output.name + ".partial")
     partial.write_text(render(data), encoding="utf-8")
     partial.replace(output)
+    sys.stdout.write(f"{output}\n")
     return 0
 
 
