@@ -5,6 +5,7 @@ task cancels the RPC and stays `asyncio.CancelledError`; a cancellation by the *
 """
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Final, Self, TypeVar
 import grpc
 import grpc.aio
 
-from steersman.client.channel import ChannelSettings, Credentials, open_aio_channel, open_channel
+from steersman.client.channel import MAX_BACKOFF_SECONDS, ChannelSettings, Credentials, open_aio_channel, open_channel
 from steersman.wire.errors import Code, Reason, SteersmanError
 from steersman.wire.status import DETAILS_TRAILER, decode_error
 
@@ -56,6 +57,30 @@ class Deadline:
         delay = error.retry_after_seconds
         if error.code != Code.RESOURCE_EXHAUSTED or delay is None or delay >= self.remaining():
             raise error
+        return delay
+
+
+class StreamPatience:
+    """When a server stream that brought no message yet is asked for again: on UNAVAILABLE, and on a full queue.
+
+    Streams are retried here and not by the service config: in grpcio 1.85 a blocking stream whose last attempt finds no
+    connection never ends, not even at its deadline.
+    """
+
+    def __init__(self, deadline: Deadline, settings: ChannelSettings) -> None:
+        self._deadline = deadline
+        self._retries_left = settings.retry_attempts - 1
+        self._backoff = settings.retry_initial_backoff_seconds
+
+    def wait_for(self, error: SteersmanError) -> float:
+        """How long to wait before another try after `error`; raises it if there is to be none."""
+        if error.code != Code.UNAVAILABLE:
+            return self._deadline.wait_for(error)
+        delay = self._backoff * random.uniform(0.8, 1.2)
+        if self._retries_left == 0 or delay >= self._deadline.remaining():
+            raise error
+        self._retries_left -= 1
+        self._backoff = min(2.0 * self._backoff, MAX_BACKOFF_SECONDS)
         return delay
 
 
@@ -152,9 +177,12 @@ class AsyncClient:
             except SteersmanError as error:
                 await asyncio.sleep(deadline.wait_for(error))
 
-    async def _stream(self, method: Any, request: Any, timeout: float | None) -> AsyncGenerator[Any, None]:
-        """The messages of a server stream. A full queue is waited out, but only before the first message."""
+    async def _stream(
+        self, method: Any, request: Any, timeout: float | None, *, retry: bool = False
+    ) -> AsyncGenerator[Any, None]:
+        """The messages of a server stream. With `retry`, it is asked for again as `StreamPatience` says."""
         deadline, metadata = self._deadline(timeout), call_metadata()
+        patience = StreamPatience(deadline, self._settings)
         begun = False
         while True:
             call = method(request, timeout=deadline.remaining(), metadata=metadata)
@@ -167,9 +195,9 @@ class AsyncClient:
                     begun = True
                     yield response
             except SteersmanError as error:
-                if begun:
+                if begun or not retry:
                     raise
-                delay = deadline.wait_for(error)
+                delay = patience.wait_for(error)
             finally:
                 call.cancel()
             await asyncio.sleep(delay)
@@ -191,7 +219,8 @@ class Client:
     ) -> None:
         self.target = target
         self.timeout = self.default_timeout if timeout is None else timeout
-        self._channel = open_channel(target, credentials, settings or ChannelSettings())
+        self._settings = settings or ChannelSettings()
+        self._channel = open_channel(target, credentials, self._settings)
         self._stub: Any = self._stub_type(self._channel)
 
     def close(self) -> None:
@@ -220,9 +249,12 @@ class Client:
             except SteersmanError as error:
                 time.sleep(deadline.wait_for(error))
 
-    def _stream(self, method: Any, request: Any, timeout: float | None) -> Generator[Any, None, None]:
-        """The messages of a server stream. A full queue is waited out, but only before the first message."""
+    def _stream(
+        self, method: Any, request: Any, timeout: float | None, *, retry: bool = False
+    ) -> Generator[Any, None, None]:
+        """The messages of a server stream. With `retry`, it is asked for again as `StreamPatience` says."""
         deadline, metadata = self._deadline(timeout), call_metadata()
+        patience = StreamPatience(deadline, self._settings)
         begun = False
         while True:
             call = method(request, timeout=deadline.remaining(), metadata=metadata)
@@ -235,9 +267,9 @@ class Client:
                     begun = True
                     yield response
             except SteersmanError as error:
-                if begun:
+                if begun or not retry:
                     raise
-                delay = deadline.wait_for(error)
+                delay = patience.wait_for(error)
             finally:
                 call.cancel()
             time.sleep(delay)

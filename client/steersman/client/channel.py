@@ -1,8 +1,8 @@
 """How a client reaches a service: targets, credentials, load balancing, retries, keepalive, size limits.
 
-Retries live in the channel's service config, so sync and asyncio clients behave alike. Only UNAVAILABLE is retried,
-and only for RPCs that are safe to repeat. A server stream counts as begun with its first message (gRPC commits the
-call then), so tokens that arrived are never asked for again.
+Retries of unary calls live in the channel's service config, so sync and asyncio clients behave alike. Only UNAVAILABLE
+is retried, and only for RPCs that are safe to repeat. Server streams are retried by `calls`, until the first message:
+tokens that arrived are never asked for again.
 """
 
 import ipaddress
@@ -20,12 +20,14 @@ from steersman.wire.limits import MAX_MESSAGE_BYTES
 
 # Repeating these changes nothing at the server. CreateJob, BeginPush, chunk streams and the like are not among them.
 _IDEMPOTENT: Final = {
-    "steersman.v1.PolicyService": ("Generate", "GetModel"),
+    "steersman.v1.PolicyService": ("GetModel",),
     "steersman.v1.ReferenceService": ("ComputeLogprobs", "GetModel"),
     "steersman.v1.RewardService": ("Score", "ListScorers"),
     "steersman.v1.TrainerService": ("GetJob", "ListJobs"),
     "steersman.v1.WeightService": ("GetWeightState", "Activate"),
 }
+# Longest pause between two tries of a call.
+MAX_BACKOFF_SECONDS: Final = 5.0
 _SCHEMES: Final = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:", "passthrough:", "vsock:")
 
 
@@ -104,7 +106,7 @@ def service_config(settings: ChannelSettings) -> str:
         policy = {
             "maxAttempts": settings.retry_attempts,
             "initialBackoff": f"{settings.retry_initial_backoff_seconds:.3f}s",
-            "maxBackoff": "5s",
+            "maxBackoff": f"{MAX_BACKOFF_SECONDS:.3f}s",
             "backoffMultiplier": 2.0,
             "retryableStatusCodes": ["UNAVAILABLE"],
         }

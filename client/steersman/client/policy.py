@@ -164,7 +164,7 @@ class AsyncPolicyClient(AsyncClient):
         """Each sample as soon as it has ended, in order of their ends. Leaving the iterator aborts the rest."""
         request = generate_request(prompt, policy_pb2.OUTPUT_MODE_FINAL, options)
         assembler = SampleAssembler(request)
-        async with aclosing(self._stream(self._stub.Generate, request, timeout)) as responses:
+        async with aclosing(self._stream(self._stub.Generate, request, timeout, retry=True)) as responses:
             async for response in responses:
                 if (sample := assembler.add(response)) is not None:
                     yield sample
@@ -175,7 +175,7 @@ class AsyncPolicyClient(AsyncClient):
     ) -> AsyncGenerator[SampleDelta, None]:
         """Tokens as they are made, of all samples, told apart by `index`. Leaving the iterator aborts the rest."""
         request = generate_request(prompt, policy_pb2.OUTPUT_MODE_DELTA, options)
-        async with aclosing(self._stream(self._stub.Generate, request, timeout)) as responses:
+        async with aclosing(self._stream(self._stub.Generate, request, timeout, retry=True)) as responses:
             async for response in responses:
                 yield delta_from_proto(response)
 
@@ -204,7 +204,7 @@ class PolicyClient(Client):
         """Each sample as soon as it has ended, in order of their ends. Leaving the iterator aborts the rest."""
         request = generate_request(prompt, policy_pb2.OUTPUT_MODE_FINAL, options)
         assembler = SampleAssembler(request)
-        with closing(self._stream(self._stub.Generate, request, timeout)) as responses:
+        with closing(self._stream(self._stub.Generate, request, timeout, retry=True)) as responses:
             for response in responses:
                 if (sample := assembler.add(response)) is not None:
                     yield sample
@@ -215,7 +215,7 @@ class PolicyClient(Client):
     ) -> Generator[SampleDelta, None, None]:
         """Tokens as they are made, of all samples, told apart by `index`. Leaving the iterator aborts the rest."""
         request = generate_request(prompt, policy_pb2.OUTPUT_MODE_DELTA, options)
-        with closing(self._stream(self._stub.Generate, request, timeout)) as responses:
+        with closing(self._stream(self._stub.Generate, request, timeout, retry=True)) as responses:
             for response in responses:
                 yield delta_from_proto(response)
 

@@ -271,6 +271,36 @@ async def test_no_server_is_unavailable_and_names_the_target() -> None:
     assert caught.value.code is Code.UNAVAILABLE
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_a_server_that_goes_for_good_while_retried_ends_the_call(
+    fake: FakePolicy, serve: Any, refuse: Any, blocking: bool
+) -> None:
+    """The last try finds no server at all; a blocking stream that gRPC itself retries never ends then."""
+    server = grpc.aio.server()
+    ADD(fake, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    fake.errors = [unavailable("the engine died")] * 9
+    settings = ChannelSettings(retry_initial_backoff_seconds=0.3, retry_attempts=3)
+
+    async def ask() -> None:
+        async with AsyncPolicyClient(address, settings=settings) as client:
+            await client.generate([1], timeout=20.0)
+
+    def ask_blocking() -> None:
+        with PolicyClient(address, settings=settings) as client:
+            client.generate([1], timeout=20.0)
+
+    async with asyncio.timeout(30):
+        task = asyncio.create_task(asyncio.to_thread(ask_blocking) if blocking else ask())
+        while not fake.requests:
+            await asyncio.sleep(0.01)
+        await server.stop(None)
+        with pytest.raises(SteersmanError) as caught:
+            await task
+    assert caught.value.code is Code.UNAVAILABLE
+
+
 async def test_the_blocking_client_does_the_same(fake: FakePolicy, serve: Any) -> None:
     address = await serve(ADD, fake)
 
