@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 def available() -> bool:
     """True if this build of torch has oneDNN and the operator."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_library: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_library and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def speed_up(model: nn.Module) -> int:

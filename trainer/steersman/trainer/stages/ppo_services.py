@@ -194,10 +194,8 @@ class GrpcServices:
         )
 
     async def _check(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for client in self._policies:
-                group.create_task(self._check_model("policy", client))
-            group.create_task(self._check_model("reference", self._reference))
+        checks = [self._check_model("policy", client) for client in self._policies]
+        await asyncio.gather(*checks, self._check_model("reference", self._reference))
 
     async def _check_model(self, name: str, client: AsyncPolicyClient | AsyncReferenceClient) -> None:
         async def ask() -> ModelInfo:
