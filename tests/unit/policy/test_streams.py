@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.policy.engine.port import SampleDelta, TensorSlot
-from steersman.policy.engine.streams import groups_of, merge
+from steersman.policy.engine.streams import groups_of, merge, stream_interval
 
 
 def delta(index: int, token: int) -> SampleDelta:
@@ -88,3 +88,7 @@ def test_groups_hold_every_tensor_once_in_order(sizes: list[int], max_bytes: int
     assert [slot for group in groups for slot in group] == slots
     assert all(sum(slot.nbytes for slot in group) <= max_bytes or len(group) == 1 for group in groups)
     assert all(groups)
+
+
+def test_deltas_grow_with_the_load() -> None:
+    assert [stream_interval(running) for running in (0, 15, 16, 64, 100_000)] == [1, 1, 2, 5, 8]

@@ -43,7 +43,7 @@ from steersman.policy.engine.port import (
     WeightLoadError,
 )
 from steersman.policy.engine.spans import VersionTracker
-from steersman.policy.engine.streams import groups_of, merge
+from steersman.policy.engine.streams import groups_of, merge, stream_interval
 from steersman.wire.identity import ModelInfo, WeightVersion
 
 _LOG = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class VllmEngine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=bool(request.stop) or request.return_text,
+            stream_interval=stream_interval(self.num_unfinished),
             output_kind=RequestOutputKind.FINAL_ONLY if request.final_only else RequestOutputKind.DELTA,
         )
 
