@@ -42,24 +42,32 @@ def decode_error(code: int, message: str, details: bytes | None) -> SteersmanErr
     reason: Reason | None = None
     violations: list[FieldViolation] = []
     retry_after: float | None = None
-    status = status_pb2.RpcStatus()
-    try:
-        status.ParseFromString(details or b"")
-    except DecodeError:
-        status.Clear()
-    for detail in status.details:
-        match detail.type_url.removeprefix(_TYPE_PREFIX):
-            case "ErrorInfo":
-                info = status_pb2.ErrorInfo.FromString(detail.value)
-                if info.domain == ERROR_DOMAIN and info.reason in Reason.__members__:
-                    reason = Reason(info.reason)
-            case "BadRequest":
-                bad = status_pb2.BadRequest.FromString(detail.value)
-                violations = [FieldViolation(field=v.field, description=v.description) for v in bad.field_violations]
-            case "RetryInfo":
-                delay = status_pb2.RetryInfo.FromString(detail.value).retry_delay
-                retry_after = delay.ToTimedelta().total_seconds()
+    for value in _unpack(details):
+        if isinstance(value, status_pb2.ErrorInfo):
+            if value.domain == ERROR_DOMAIN and value.reason in Reason.__members__:
+                reason = Reason(value.reason)
+        elif isinstance(value, status_pb2.BadRequest):
+            violations = [FieldViolation(field=v.field, description=v.description) for v in value.field_violations]
+        else:
+            retry_after = value.retry_delay.ToTimedelta().total_seconds()
     return SteersmanError(reason, message, code=Code(code), violations=violations, retry_after_seconds=retry_after)
+
+
+_Detail = status_pb2.ErrorInfo | status_pb2.BadRequest | status_pb2.RetryInfo
+_DETAILS: Final[dict[str, type[_Detail]]] = {
+    _TYPE_PREFIX + "ErrorInfo": status_pb2.ErrorInfo,
+    _TYPE_PREFIX + "BadRequest": status_pb2.BadRequest,
+    _TYPE_PREFIX + "RetryInfo": status_pb2.RetryInfo,
+}
+
+
+def _unpack(trailer: bytes | None) -> list[_Detail]:
+    """The known details of a trailer; none if any of it is malformed."""
+    try:
+        status = status_pb2.RpcStatus.FromString(trailer or b"")
+        return [_DETAILS[d.type_url].FromString(d.value) for d in status.details if d.type_url in _DETAILS]
+    except DecodeError:
+        return []
 
 
 def reason_to_proto(reason: Reason | None) -> types_pb2.ErrorReason:

@@ -1,8 +1,9 @@
 """The catalogue of errors is total, and errors survive the wire."""
 
 import pytest
+from google.protobuf.any_pb2 import Any
 
-from steersman.v1 import types_pb2
+from steersman.v1 import status_pb2, types_pb2
 from steersman.wire.errors import CODE_OF, Code, FieldViolation, Reason, SteersmanError, invalid_field
 from steersman.wire.status import (
     REASON_PREFIX,
@@ -41,7 +42,12 @@ def test_details_survive() -> None:
     assert (got.violations, got.retry_after_seconds) == (sent.violations, 0.25)
 
 
-@pytest.mark.parametrize("details", [None, b"", b"\xff\xff\xff"])
+BROKEN_DETAIL = status_pb2.RpcStatus(
+    details=[Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")]
+).SerializeToString()
+
+
+@pytest.mark.parametrize("details", [None, b"", b"\xff\xff\xff", BROKEN_DETAIL])
 def test_peers_without_details(details: bytes | None) -> None:
     error = decode_error(int(Code.UNAVAILABLE), "connection refused", details)
     assert (error.reason, error.code, str(error)) == (None, Code.UNAVAILABLE, "UNAVAILABLE: connection refused")
