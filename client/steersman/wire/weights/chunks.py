@@ -24,7 +24,7 @@ from steersman.wire.weights.delta import MAX_SPAN_ELEMENTS, Profile, encode_delt
 from steersman.wire.weights.steps import integers, steps_between
 
 _MIN_CHUNK_BYTES: Final = 1024
-_SAMPLE_RUNS: Final = 32
+_SAMPLE_RUNS: Final = 16
 _RUN_ELEMENTS: Final = 1024
 _HEADROOM: Final = 0.85
 """Part of a chunk to aim at: a sample misses the true density by some per cent."""

@@ -18,7 +18,8 @@ from steersman.wire.weights.errors import bad_chunk
 from steersman.wire.weights.positions import Coding, PositionWriter, check_positions, iter_positions
 
 _WIDE: Final = 255
-_PLANE_BLOCK: Final = 32 * 1024
+_BLOCK: Final = 32 * 1024
+"""Steps that are worked on at a time, in the cache; a multiple of 8, so that sign bits fill their bytes."""
 _INTEGERS: Final[dict[int, np.dtype[Any]]] = {size: np.dtype(f"<i{size}") for size in (1, 2, 4, 8)}
 _UNSIGNED: Final[dict[int, np.dtype[Any]]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 
@@ -53,19 +54,23 @@ def apply_steps(span: NDArray[Any], positions: NDArray[np.int64], steps: NDArray
 
 def encode_steps(steps: NDArray[Any]) -> tuple[Coding, list[bytes]]:
     """How the exceptions are coded, and the sections of steps that are not zero; see the module. Destroys `steps`."""
-    signs = np.packbits(steps < 0, bitorder="little")
-    np.abs(steps, out=steps)  # the most negative integer stays itself: right when read as unsigned
-    magnitudes = steps.view(_UNSIGNED[steps.itemsize])
-    exceptions = PositionWriter()
-    where = np.flatnonzero(magnitudes != 1)
-    exceptions.add(where)
+    signs, exceptions, large = [], PositionWriter(), [np.empty(0, _UNSIGNED[steps.itemsize])]
+    for start in range(0, steps.size, _BLOCK):
+        block = steps[start : start + _BLOCK]
+        signs.append(np.packbits(block < 0, bitorder="little"))
+        np.abs(block, out=block)  # the most negative integer stays itself: right when read as unsigned
+        magnitudes = block.view(_UNSIGNED[steps.itemsize])
+        where = np.flatnonzero(magnitudes != 1)
+        large.append(magnitudes.take(where))
+        where += start
+        exceptions.add(where)
     coding, section = exceptions.finish(steps.size)
-    large = magnitudes.take(where)
-    large -= 2
-    wide = large[large >= _WIDE]
+    all_large = np.concatenate(large)
+    all_large -= 2
+    wide = all_large[all_large >= _WIDE]
     wide += 2
-    small = np.minimum(large, large.dtype.type(_WIDE)).astype(np.uint8)
-    return coding, [signs.tobytes(), section, small.tobytes(), wide.tobytes()]
+    small = np.minimum(all_large, all_large.dtype.type(_WIDE)).astype(np.uint8)
+    return coding, [np.concatenate(signs).tobytes(), section, small.tobytes(), wide.tobytes()]
 
 
 class StepReader:
@@ -134,8 +139,8 @@ def _join_magnitudes(small: NDArray[np.uint8], wide: NDArray[np.uint8], dtype: n
 def encode_planes(steps: NDArray[Any]) -> list[bytes]:
     """Steps of wide elements, zigzag (0, -1, 1, -2 become 0, 1, 2, 3), one section for each byte of the number."""
     planes = np.empty((steps.itemsize, steps.size), np.uint8)
-    for start in range(0, steps.size, _PLANE_BLOCK):
-        block = steps[start : start + _PLANE_BLOCK]
+    for start in range(0, steps.size, _BLOCK):
+        block = steps[start : start + _BLOCK]
         zigzag = (block << 1) ^ (block >> (8 * steps.itemsize - 1))
         planes[:, start : start + block.size] = zigzag.view(np.uint8).reshape(-1, steps.itemsize).T
     return [plane.tobytes() for plane in planes]
