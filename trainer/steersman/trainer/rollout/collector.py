@@ -158,8 +158,8 @@ class Collector:
                         for slot in missing:
                             batch.drop((prompt.index, slot), f"policy: {error}")
                         return
-                    _log.warning("policy at %s failed, what it owes is drawn again: %s", replica.port.target, error)
-                    self._pool.failed(replica, epoch)
+                    if self._pool.failed(replica, epoch):  # said once, not for every prompt that was there
+                        _log.warning("policy at %s failed, what it owes is drawn again: %s", replica.port.target, error)
                     now = self.waits.clock()
                     if failing_since is None or len(missing) < num_before:
                         failing_since = now

@@ -80,12 +80,14 @@ class ReplicaPool:
             replica.num_in_flight -= num_samples
             await self._notify()
 
-    def failed(self, replica: Replica, epoch: int) -> None:
-        """Takes the replica out until the gate lets it in again; nothing if it already came back since
-        `epoch`.
+    def failed(self, replica: Replica, epoch: int) -> bool:
+        """Takes the replica out until the gate lets it in again. False, and nothing, if it is out or came back
+        since `epoch`.
         """
-        if replica.epoch == epoch:
-            self._recover(replica)
+        if replica.epoch != epoch or not replica.ready:
+            return False
+        self._recover(replica)
+        return True
 
     async def close(self) -> None:
         """Ends the attempts to bring replicas back."""

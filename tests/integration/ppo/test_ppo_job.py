@@ -1,0 +1,162 @@
+"""A short PPO job through real services: vLLM, reference and reward as processes, the trainer here.
+
+The reward counts one token; so what the job should learn is known, and what it learned is read from its metrics.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from steersman.cli.supervisor import ServiceSpec, Supervisor, free_port
+from steersman.trainer.stages.ppo import PpoConfig, run_ppo
+from steersman.trainer.stages.run import Run, read_rows
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+VOCABULARY = 64
+SCORER = '''
+"""Counts a word."""
+
+
+def score(items):
+    return [float(item.response.split().count("w7")) / 12.0 for item in items]
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama, and in a folder of its own a tokenizer of words."""
+    folder = tmp_path_factory.mktemp("model")
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        tokenizer_of(folder)
+    )
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=0,
+        **shape,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tokenizer_of(model: Path) -> Path:
+    return model / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scorer") / "count.py"
+    path.write_text(SCORER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def services(model: Path, scorer: Path) -> Iterator[tuple[Supervisor, dict[str, str]]]:
+    addresses = {name: f"127.0.0.1:{free_port()}" for name in ("policy", "reference", "reward")}
+    arguments = {
+        "policy": ["--model", str(model), "--dtype", "float32", "--kv-cache-mib", "32", "--max-num-seqs", "32"],
+        "reference": ["--model", str(model), "--dtype", "float32"],
+        "reward": [
+            "--scorers",
+            json.dumps({"count": {"function": f"{scorer}:score", "tokenizer": str(tokenizer_of(model))}}),
+        ],
+    }
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    specs = [
+        ServiceSpec.of(
+            name,
+            [*arguments[name], "--port", address.rpartition(":")[2], "--metrics-port", "0"],
+            address=address,
+            environment=environment,
+        )
+        for name, address in addresses.items()
+    ]
+    with Supervisor(specs) as supervisor:
+        yield supervisor, addresses
+
+
+def config(model: Path, prompts: Path, addresses: dict[str, str], **changes: Any) -> PpoConfig:
+    prompts.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1} w5"}) + "\n" for n in range(10, 42)))
+    settings: dict[str, Any] = {
+        "actor": {"path": str(model)},
+        "tokenizer": str(tokenizer_of(model)),
+        "prompts": {"files": [str(prompts)]},
+        "max_prompt_tokens": 16,
+        "services": {
+            "policies": [addresses["policy"]],
+            "reference": addresses["reference"],
+            "reward": addresses["reward"],
+            "give_up_seconds": 120,
+        },
+        "sampling": {"max_tokens": 12, "samples_per_prompt": 2},
+        "prompts_per_step": 16,
+        "total_steps": 12,
+        "optimizer": {"learning_rate": 5e-3, "schedule": "constant"},
+        "critic_optimizer": {"learning_rate": 5e-3, "schedule": "constant"},
+        "kl": {"coefficient": 0.01},
+        "device": "cpu",
+        "num_threads": 1,
+    }
+    return PpoConfig.model_validate(settings | changes)
+
+
+def test_ppo_learns_through_real_services_and_survives_the_death_of_the_policy(
+    services: tuple[Supervisor, dict[str, str]], model: Path, tmp_path: Path
+) -> None:
+    supervisor, addresses = services
+    said: list[str] = []
+    deaths: list[int] = []
+
+    class Killer:
+        """Kills the policy once, in the middle of the run, and has it started again."""
+
+        def on_metrics(self, step: int, metrics: Any) -> None:
+            if step == 4:
+                deaths.append(step)
+                supervisor["policy"].kill()
+                supervisor["policy"].start()
+
+        def on_progress(self, step: int, total_steps: int, message: str) -> None:
+            said.append(message)
+
+    settings = config(model, tmp_path / "prompts.jsonl", addresses)
+    with Run(tmp_path / "run", run_id="demo", listener=Killer()) as run:
+        result = run_ppo(settings, run)
+
+    assert (result.steps, result.stopped, deaths) == (12, False, [4])
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["episode"] for row in rows] == [32.0 * step for step in range(1, 13)]  # none lost, none doubled
+    assert sum(row["rollout/dropped"] for row in rows) == 0
+    assert any("waiting for policy at" in message for message in said)
+    # vLLM and the trainer agree where the same weights drew and trained: the first batch.
+    assert rows[0]["mismatch/logprob_abs_max"] < 1e-4
+    assert abs(rows[0]["objective/kl"]) < 1e-3
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.1
+    assert all(math.isfinite(row["loss/value_avg"]) for row in rows)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_bad_limits_are_refused_before_anything_is_generated(
+    services: tuple[Supervisor, dict[str, str]], model: Path, tmp_path: Path
+) -> None:
+    _, addresses = services
+    settings = config(model, tmp_path / "prompts.jsonl", addresses, max_prompt_tokens=120)
+    with Run(tmp_path / "run", run_id="demo") as run, pytest.raises(ValueError, match="must be at most 128"):
+        run_ppo(settings, run)
