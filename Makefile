@@ -36,6 +36,7 @@ check: $(READY)  ## Format, lint, types, walls, protos, spelling
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python scripts/generate_stubs.py --check
+	$(BIN)/python scripts/document_settings.py --check
 	$(BIN)/codespell
 
 .PHONY: format
@@ -44,8 +45,9 @@ format: $(READY)  ## Format, and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 .PHONY: protos
-protos: $(READY)  ## Generate the stubs from protos/
+protos: $(READY)  ## Generate the stubs from protos/, and the page of settings
 	$(BIN)/python scripts/generate_stubs.py
+	$(BIN)/python scripts/document_settings.py
 
 .PHONY: bench
 bench: $(READY)  ## Measure, and write benchmarks/results/

@@ -8,9 +8,11 @@ time stands beside it in the detail. Every application is compared with the new 
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from benchmarks.context import Context, Measured
@@ -111,7 +113,7 @@ def _timed(work: Callable[[], None]) -> tuple[float, float]:
 
 def _sparse_safetensors_bytes(pairs: Sequence[Pair]) -> int:
     """Size of the file that others send: for each tensor the int32 indices of what changed, and the new values."""
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for pair in pairs:
         changed = np.flatnonzero(pair.base != pair.new)
         arrays[f"{pair.name}.indices"] = changed.astype(np.int32)

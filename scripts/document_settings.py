@@ -19,11 +19,12 @@ from pydantic_core import PydanticUndefined
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-Every setting, its type, its default. Unknown keys are refused, and a bad value is answered with its path, the value and what is
-allowed. This page is written by `scripts/document_settings.py`.
+Every setting, its type, its default. Unknown keys are refused, and a bad value is answered with its path, the value
+and what is allowed. This page is written by `scripts/document_settings.py`.
 
 **Servers** read flags over environment over a YAML file over defaults: `--generation.max-tokens 64`,
-`STEERSMAN_GENERATION__MAX_TOKENS=64`, or `generation: {max_tokens: 64}` in the file that `--config` or `STEERSMAN_CONFIG` names.
+`STEERSMAN_GENERATION__MAX_TOKENS=64`, or `generation: {max_tokens: 64}` in the file that `--config` or
+`STEERSMAN_CONFIG` names.
 
 **Jobs** are YAML files for `steersman train KIND FILE`; `--set path.to.key=value` changes single settings.
 """
@@ -55,9 +56,9 @@ def type_name(annotation: Any) -> str:
     if origin is dict:
         key, value = get_args(annotation)
         return f"mapping of {type_name(key)} to {type_name(value)}"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
-        annotation.__name__, annotation.__name__
-    )
+    words = {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}
+    name: str = annotation.__name__
+    return words.get(name, name)
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -7,7 +7,6 @@ and update in as few pieces as fit in memory.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from importlib import metadata
@@ -128,4 +127,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
