@@ -16,22 +16,26 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 class _Fork:
-    """Whether children that are forked now are engine processes. `register_at_fork` cannot be undone."""
+    """Whose forks are engine processes now. `register_at_fork` cannot be undone."""
 
     registered = False
-    active = False
+    parent_pid: int | None = None
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent_pid: int) -> None:
     """Lets the kernel end this process when its parent's thread that started it ends. Linux only."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            # It ended before we asked, and no signal will come.
+            os._exit(1)
 
 
 def end_with_parent_if_child() -> None:
     """The same, if multiprocessing started this process."""
-    if multiprocessing.parent_process() is not None:
-        end_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
 
 
 @contextlib.contextmanager
@@ -40,13 +44,14 @@ def forks_end_with_us() -> Iterator[None]:
     if not _Fork.registered:
         os.register_at_fork(after_in_child=_after_fork)
         _Fork.registered = True
-    _Fork.active = True
+    _Fork.parent_pid = os.getpid()
     try:
         yield
     finally:
-        _Fork.active = False
+        _Fork.parent_pid = None
 
 
 def _after_fork() -> None:
-    if _Fork.active:
-        end_with_parent()
+    if _Fork.parent_pid is not None:
+        end_with_parent(_Fork.parent_pid)
+        _Fork.parent_pid = os.getpid()  # an engine core forks workers in turn
