@@ -112,11 +112,11 @@ class PpoConfig(_Settings):
     num_epochs: int = Field(default=1, ge=1, description="Passes over each batch.")
     num_minibatches: int = Field(default=1, ge=1, description="Optimizer steps in a pass.")
     micro_batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens in one forward pass.")
-    retained_tokens: int = Field(
-        default=16_384,
+    retained_tokens: int | None = Field(
+        default=None,
         ge=0,
         description="Padded tokens whose activations may be alive at once when a batch is one optimizer step: so many "
-        "need one forward pass instead of two.",
+        "need one forward pass instead of two. Default: 16,384 on a CPU, one micro-batch elsewhere.",
     )
     max_staleness: Literal[0, 1] = Field(
         default=1,

@@ -32,6 +32,10 @@ from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
 from steersman.trainer.stages.ppo_config import PpoConfig
 
+# About 2 GB for a model of 3.4M parameters. Host memory allows that; an accelerator's may not, so there the
+# default is what a micro-batch needs anyway.
+_CPU_RETAINED_TOKENS = 16_384
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Micro:
@@ -74,6 +78,8 @@ class PpoLearner:
             "actor": build_optimizer(config.optimizer, actor),
             "critic": build_optimizer(config.critic_optimizer, critic),
         }
+        default = _CPU_RETAINED_TOKENS if self._device.type == "cpu" else config.micro_batch_tokens
+        self._retained_tokens = default if config.retained_tokens is None else config.retained_tokens
         self._lr = dict.fromkeys(self._optimizers, 0.0)
 
     def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
@@ -87,7 +93,7 @@ class PpoLearner:
         pending: list[tuple[_Micro, _Outputs | None]] = []
         num_retained = 0
         for micro in self._micros(rollouts, range(len(rollouts))):
-            retain = single and num_retained + micro.ids_bW.numel() <= config.retained_tokens
+            retain = single and num_retained + micro.ids_bW.numel() <= self._retained_tokens
             outputs = self._forward(micro, grad=retain)
             _scatter(old_BT, data.mask_BT, micro.rows_b, outputs.logprobs_t)
             _scatter(values_BT, data.mask_BT, micro.rows_b, outputs.values_t)
