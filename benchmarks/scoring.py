@@ -82,7 +82,7 @@ def cut_batches(lengths: Sequence[int], settings: BatchingSettings) -> list[list
     order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     batches = []
     while order:
-        limit = max(1, min(settings.max_batch_items, settings.max_batch_tokens // lengths[order[0]]))
+        limit = max(1, min(settings.max_batch_items, settings.batch_tokens // lengths[order[0]]))
         keep = worth_padding([lengths[index] for index in order[:limit]], settings.batch_overhead_tokens)
         batches.append(order[:keep])
         order = order[keep:]

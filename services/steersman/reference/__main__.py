@@ -17,7 +17,8 @@ async def build(settings: ReferenceSettings, metrics: Metrics) -> ReferenceServi
 
     engine = TorchLogprobEngine.load(settings)
     observer = BatchMetrics(metrics).observer("reference")
-    handler = ReferenceHandler(engine, settings.batching, stall_seconds=settings.stall_seconds, observer=observer)
+    batching = settings.batching.for_device(engine.device.type)
+    handler = ReferenceHandler(engine, batching, stall_seconds=settings.stall_seconds, observer=observer)
     await handler.warm_up()
     return ReferenceService(handler)
 

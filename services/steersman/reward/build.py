@@ -45,7 +45,7 @@ async def build_model_scorer(
     scorer = ModelScorer(
         name,
         engine,
-        settings.batching,
+        settings.batching.for_device(engine.device.type),
         encoder=encoder,
         bos_token_id=tokenizer.bos_token_id if tokenizer is not None else None,
         stall_seconds=stall_seconds,

@@ -26,10 +26,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from steersman.serving.batch_metrics import BatchObserver, BatchRecord
+from steersman.serving.batch_settings import BatchingSettings
 from steersman.wire.errors import Reason, SteersmanError, queue_full, unavailable
+
+__all__ = ["Batcher", "BatchingSettings", "Priority", "fail_after", "worth_padding"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +52,6 @@ class Priority(IntEnum):
 
     INTERACTIVE = 0
     BULK = 1
-
-
-class BatchingSettings(BaseModel):
-    """How items of several callers are put together."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    max_batch_tokens: int = Field(default=16384, ge=1, description="Padded tokens of one batch.")
-    max_batch_items: int = Field(default=256, ge=1, description="Items of one batch.")
-    max_queue_items: int = Field(default=8192, ge=1, description="Waiting items; more are refused (QUEUE_FULL).")
-    max_delay_ms: float = Field(
-        default=2.0, ge=0, le=1000, description="How long an idle worker waits for other callers to join."
-    )
-    batch_overhead_tokens: int = Field(
-        default=128,
-        ge=0,
-        description="Fixed cost of a batch, in tokens. A batch is split where that saves more padding than this.",
-    )
 
 
 @dataclass(slots=True, eq=False)
@@ -112,7 +95,7 @@ class _Lane(Generic[ItemT, ResultT]):
             if entry.future.done():
                 continue
             if not batch:
-                limit = max(1, min(limit, settings.max_batch_tokens // max(1, entry.num_tokens)))
+                limit = max(1, min(limit, settings.batch_tokens // max(1, entry.num_tokens)))
             batch.append(entry)
         keep = worth_padding([entry.num_tokens for entry in batch], settings.batch_overhead_tokens)
         self.wave.extend(reversed(batch[keep:]))
@@ -301,7 +284,7 @@ class Batcher(Generic[ItemT, ResultT]):
             while not batch and self._wait_for_items():
                 lane = self._choose_lane()
                 if not lane.wave:
-                    lane.refill(WAVE_BATCHES * self._settings.max_batch_tokens)
+                    lane.refill(WAVE_BATCHES * self._settings.batch_tokens)
                     self._calls_expected, self._calls_waiting = max(1, self._calls_waiting), 0
                 batch = lane.cut(self._settings)
             waiting = self._num_waiting()
@@ -330,7 +313,7 @@ class Batcher(Generic[ItemT, ResultT]):
             len(self._lanes[Priority.INTERACTIVE]) > 0
             or self._calls_waiting >= self._calls_expected
             or len(bulk) >= self._settings.max_batch_items
-            or sum(entry.num_tokens for entry in bulk.queue) >= self._settings.max_batch_tokens
+            or sum(entry.num_tokens for entry in bulk.queue) >= self._settings.batch_tokens
         )
 
     def _choose_lane(self) -> "_Lane[ItemT, ResultT]":

@@ -76,6 +76,12 @@ async def hold_busy(batcher: Batcher[int, int], worker: GatedWorker, num_tokens:
     return future
 
 
+def test_the_token_budget_follows_the_device_unless_it_is_set():
+    assert BatchingSettings().for_device("cpu").batch_tokens == 4096
+    assert BatchingSettings().for_device("cuda").batch_tokens == 16384
+    assert BatchingSettings(max_batch_tokens=7).for_device("cuda").batch_tokens == 7
+
+
 async def test_results_come_in_the_order_of_the_request():
     batcher = make(GatedWorker(is_open=True))
     assert await batcher.run([1, 2, 3], [5, 50, 20]) == [2, 4, 6]

@@ -48,7 +48,7 @@ class TorchLogprobEngine:
         self._transformer = model.base_model
         self._head = model.get_output_embeddings()
         self._post_process = _logit_transform(model.config.get_text_config())
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._pad_id = pad_token_id(model.config)
         self._chunk_tokens = max(1, logits_chunk_bytes // (4 * info.vocab_size))
         self._verify()
@@ -73,15 +73,15 @@ class TorchLogprobEngine:
     @torch.inference_mode()
     def compute(self, queries: Sequence[LogprobQuery]) -> list[LogprobRow]:
         """See `LogprobEngine.compute`."""
-        ids_BL = pad_rows([query.token_ids for query in queries], self._pad_id, self._device)
+        ids_BL = pad_rows([query.token_ids for query in queries], self._pad_id, self.device)
         counts = np.array([len(query.token_ids) - query.prompt_length for query in queries])
         # The last prompt token predicts the first response token.
         starts = np.array([query.prompt_length - 1 for query in queries]) + ids_BL.shape[1] * np.arange(len(queries))
-        positions_N = torch.from_numpy(_ranges(starts, counts)).to(self._device)
+        positions_N = torch.from_numpy(_ranges(starts, counts)).to(self.device)
         temperatures = np.array([query.temperature for query in queries], np.float32)
         temperature_N = None
         if np.any(temperatures != 1.0):
-            temperature_N = torch.from_numpy(np.repeat(temperatures, counts)).to(self._device)
+            temperature_N = torch.from_numpy(np.repeat(temperatures, counts)).to(self.device)
 
         hidden_BLH = self._transformer(input_ids=ids_BL, use_cache=False).last_hidden_state
         hidden_NH = hidden_BLH.flatten(0, 1)[positions_N]
@@ -109,7 +109,7 @@ class TorchLogprobEngine:
         with_entropy: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """float32 log-probs of the targets and, if asked for, entropies, a chunk of positions at a time."""
-        logprobs_N = torch.empty(len(targets_N), dtype=torch.float32, device=self._device)
+        logprobs_N = torch.empty(len(targets_N), dtype=torch.float32, device=self.device)
         entropies_N = torch.empty_like(logprobs_N) if with_entropy else None
         for start in range(0, len(targets_N), self._chunk_tokens):
             part = slice(start, start + self._chunk_tokens)
@@ -134,7 +134,7 @@ class TorchLogprobEngine:
         long = np.arange(1, 1 + length, dtype=np.int32) % vocab_size
         queries = [LogprobQuery(token_ids=row, prompt_length=1) for row in (long, long[: max(2, length // 2)])]
         for query, row in zip(queries, self.compute(queries), strict=True):
-            ids_1L = torch.from_numpy(query.token_ids.astype(np.int64)).to(self._device)[None]
+            ids_1L = torch.from_numpy(query.token_ids.astype(np.int64)).to(self.device)[None]
             logits_LV = self._causal_lm(input_ids=ids_1L, use_cache=False).logits[0, :-1].float()
             expected = logits_LV.log_softmax(-1).gather(1, ids_1L[0, 1:, None]).squeeze(1).cpu().numpy()
             # Where broken weights give NaN there is nothing to compare; such a model is reported when it is used.

@@ -45,7 +45,7 @@ class TorchScoreEngine:
         # How the model was trained to see text, if it says so: see `steersman.reward.text`.
         self.encoding: str | None = getattr(model.config, "reward_encoding", None)
         self._classifier = model.eval()
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
         self._pad_id = pad_token_id(model.config)
         head = getattr(model, "score", None)
         self._head_weight = head.weight.detach().float() if isinstance(head, torch.nn.Linear) else None
@@ -76,9 +76,9 @@ class TorchScoreEngine:
 
     def _score_last_token(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         assert self._head_weight is not None
-        hidden = self._transformer(input_ids=pad_rows(rows, self._pad_id, self._device), use_cache=False)
-        last = torch.tensor([len(row) - 1 for row in rows], device=self._device)
-        hidden_last = hidden.last_hidden_state[torch.arange(len(rows), device=self._device), last].float()
+        hidden = self._transformer(input_ids=pad_rows(rows, self._pad_id, self.device), use_cache=False)
+        last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+        hidden_last = hidden.last_hidden_state[torch.arange(len(rows), device=self.device), last].float()
         scores = torch.nn.functional.linear(hidden_last, self._head_weight, self._head_bias)
         return list(scores.squeeze(-1).tolist())
 
@@ -89,8 +89,8 @@ class TorchScoreEngine:
         mask = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int64)
         for index, row in enumerate(rows):
             mask[index, : len(row)] = 1
-        input_ids = pad_rows(rows, self._pad_id, self._device)
-        logits = self._classifier(input_ids=input_ids, attention_mask=mask.to(self._device)).logits
+        input_ids = pad_rows(rows, self._pad_id, self.device)
+        logits = self._classifier(input_ids=input_ids, attention_mask=mask.to(self.device)).logits
         return list(logits[:, 0].float().tolist())
 
     @torch.inference_mode()

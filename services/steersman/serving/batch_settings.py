@@ -1,0 +1,40 @@
+"""Settings of a batcher."""
+
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Measured on a CPU with models of 3 and 27 million parameters: the time per token is the same from 400 to 6,000
+# tokens a batch, and a quarter to a third longer at 12,000, where the activations no longer fit in the caches.
+CPU_BATCH_TOKENS: Final = 4096
+ACCELERATOR_BATCH_TOKENS: Final = 16384
+
+
+class BatchingSettings(BaseModel):
+    """How items of several callers are put together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_batch_tokens: int | None = Field(
+        default=None, ge=1, description="Padded tokens of one batch. Default: 4096 on a CPU, 16384 on an accelerator."
+    )
+    max_batch_items: int = Field(default=256, ge=1, description="Items of one batch.")
+    max_queue_items: int = Field(default=8192, ge=1, description="Waiting items; more are refused (QUEUE_FULL).")
+    max_delay_ms: float = Field(
+        default=2.0, ge=0, le=1000, description="How long an idle worker waits for other callers to join."
+    )
+    batch_overhead_tokens: int = Field(
+        default=128,
+        ge=0,
+        description="Fixed cost of a batch, in tokens. A batch is split where that saves more padding than this.",
+    )
+
+    def for_device(self, device_type: str) -> "BatchingSettings":
+        """The same with its defaults filled in for a kind of torch device ("cpu", "cuda", ...)."""
+        default = CPU_BATCH_TOKENS if device_type == "cpu" else ACCELERATOR_BATCH_TOKENS
+        return self.model_copy(update={"max_batch_tokens": self.max_batch_tokens or default})
+
+    @property
+    def batch_tokens(self) -> int:
+        """`max_batch_tokens`, or its default on a CPU."""
+        return self.max_batch_tokens or CPU_BATCH_TOKENS
