@@ -59,7 +59,7 @@ def test_the_other_sides_clock_runs_over_as_many_batches() -> None:
 def test_the_job_is_one_that_the_trainer_takes(tmp_path: Path) -> None:
     inputs = ppo.Inputs(policy=tmp_path, reward=tmp_path, prompts=tmp_path / "prompts.jsonl", directory=tmp_path)
     addresses = {"policy": "127.0.0.1:1", "reference": "127.0.0.1:2", "reward": "127.0.0.1:3"}
-    config = PpoConfig.model_validate(ppo.job_config(inputs, addresses, steps=5, seed=0))
+    config = PpoConfig.model_validate(ppo.job_config(inputs, addresses, steps=5, max_staleness=1))
     assert (config.samples_per_step, config.num_epochs, config.num_minibatches) == (64, 1, 1)
     assert (config.optimizer.learning_rate, config.critic_optimizer.learning_rate) == (1e-6, 1e-6)
 
