@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.say(f"{config.title}; everything goes to {directory}")
     try:
         with Stack(console, directory / "logs") as stack:
-            Pipeline(config, directory, console, stack).run()
+            try:
+                Pipeline(config, directory, console, stack).run()
+            except (JobFailed, SteersmanError):
+                for line in stack.ended():
+                    console.say(line)
+                raise
     except KeyboardInterrupt:
         console.say("interrupted; services and jobs are stopped")
         return 130

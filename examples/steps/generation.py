@@ -53,7 +53,7 @@ async def answer_all(
     temperature: float,
     seed: int,
 ) -> list[list[Answer]]:
-    """Answers to each prompt, in order."""
+    """Answers to each prompt, in order. SteersmanError if a call fails."""
     room = asyncio.Semaphore(MAX_CONCURRENT)
     async with AsyncPolicyClient(address) as policy:
 
@@ -80,8 +80,12 @@ async def answer_all(
                 for sample in samples
             ]
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
+        except ExceptionGroup as failures:
+            # One failed call ends the others; it alone is worth telling.
+            raise failures.exceptions[0] from None
     return [task.result() for task in tasks]
 
 

@@ -104,6 +104,9 @@ class Pipeline:
         )
         self._console.say(f"held-out accuracy {accuracy} on {accuracy.num} pairs")
         self._figures["reward_model_accuracy"] = asdict(accuracy)
+        # As the trainer counted them: rows that it could use, and rows that it left out.
+        self._figures["num_comparisons"] = int(metrics.get("data/num_records", 0))
+        self._figures["num_bad_comparisons"] = int(metrics.get("data/num_bad_rows", 0))
         return run / "model"
 
     def _train_ppo(self, data: Prepared, sft: Path, reward_model: Path, tokenizer: Tokenizer) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -59,13 +60,12 @@ class Probe:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            try:
+            # The job's own errors tell of a policy that is away; a look may be missed.
+            with suppress(SteersmanError):
                 self._look()
-            except* SteersmanError:
-                # The job's own errors tell of a policy that is away; a look may be missed.
-                pass
             self._stop.wait(self._config.evaluation.probe_seconds)
-        self._look()
+        with suppress(SteersmanError):
+            self._look()
 
     def _look(self) -> None:
         answers = asyncio.run(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from examples.steps.console import Console
-from steersman.cli.supervisor import ServiceSpec, Supervisor, free_port
+from steersman.cli.supervisor import ServiceSpec, Supervisor, describe_exit, free_port
 from steersman.client import (
     Job,
     JobKind,
@@ -34,6 +34,7 @@ class Stack:
         self._console = console
         self._logs = logs
         self._exit = ExitStack()
+        self._supervisors: list[Supervisor] = []
         self.addresses: dict[str, str] = {}
 
     def __enter__(self) -> "Stack":
@@ -64,12 +65,22 @@ class Stack:
 
         started = time.monotonic()
         supervisor = Supervisor(specs, on_line=record)
+        self._supervisors.append(supervisor)
         self._exit.callback(supervisor.stop)
         supervisor.start(
             on_ready=lambda name: self._console.say(
                 f"{name} serves at {self.addresses[name]} after {time.monotonic() - started:.1f} s"
             )
         )
+
+    def ended(self) -> list[str]:
+        """Services that ended by themselves, for the explanation of a failure."""
+        processes = (process for supervisor in self._supervisors for process in supervisor.processes.values())
+        return [
+            f"{process.spec.name} {describe_exit(process.exit_code)}, its log: {self._logs}/{process.spec.name}.log"
+            for process in processes
+            if process.exit_code is not None
+        ]
 
     def run_job(self, kind: JobKind, config: Mapping[str, Any], *, cpus: int) -> Path:
         """Runs a job to its end; gives its run folder. Cancels it if this is interrupted. JobFailed says why not."""
