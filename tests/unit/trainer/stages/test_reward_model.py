@@ -83,6 +83,7 @@ def test_the_saved_configuration_holds_the_moments_of_the_training_scores(config
     assert saved["reward_mean"] == pytest.approx(float(scores.mean()), abs=1e-4)
     assert saved["reward_std"] == pytest.approx(float(scores.std(unbiased=False)), abs=1e-4)
     assert saved["pad_token_id"] == 0
+    assert saved["reward_encoding"] == "continuation"
 
 
 def test_ranked_lists_train_as_all_their_pairs(config, tmp_path, write_rows, words):

@@ -52,7 +52,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     Logs ``loss``, ``accuracy``, ``reward_gap``; on held-out data the same under ``eval/``, with ``eval/accuracy_low``
     and ``eval/accuracy_high``, a 95 % Wilson interval over the pairs. The saved configuration holds ``reward_mean`` and
     ``reward_std`` of the responses trained on (InstructGPT shifts the reward so that its mean is zero; a consumer may
-    do so with these). DataError, CheckpointError or ValueError name what is wrong with the data, the model or a
+    do so with these), and ``reward_encoding``, how text is to become tokens. DataError, CheckpointError or ValueError name what is wrong with the data, the model or a
     setting.
     """
     tokenizer = config.load_tokenizer()
@@ -145,6 +145,8 @@ class _RewardModelTask:
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
+        # Tells whoever serves the model that text is to become tokens the way it did here.
+        self.model.config.reward_encoding = "continuation"
         if not self.config.record_score_moments:
             return {}
         scores = [self._scores(batch) for batch, _ in self._batches(self.comparisons[:_CALIBRATION_COMPARISONS])]
