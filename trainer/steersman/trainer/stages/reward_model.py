@@ -52,8 +52,9 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     Logs ``loss``, ``accuracy``, ``reward_gap``; on held-out data the same under ``eval/``, with ``eval/accuracy_low``
     and ``eval/accuracy_high``, a 95 % Wilson interval over the pairs. The saved configuration holds ``reward_mean`` and
     ``reward_std`` of the responses trained on (InstructGPT shifts the reward so that its mean is zero; a consumer may
-    do so with these), and ``reward_encoding``, how text is to become tokens. DataError, CheckpointError or ValueError name what is wrong with the data, the model or a
-    setting.
+    do so with these), and ``reward_encoding``, how text is to become tokens.
+
+    DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
     """
     tokenizer = config.load_tokenizer()
     records, report = load_comparisons(config.data)
