@@ -12,6 +12,7 @@ from steersman.trainer.checkpoint.models import (
     load_scalar_head,
     load_tokenizer,
     load_weights,
+    require_savable,
     resolve_device,
     save_model,
     score_head,
@@ -50,6 +51,10 @@ def test_a_tokenizer_that_services_would_misread_is_refused(tiny, tokenizer, tmp
     with pytest.raises(CheckpointError, match="AutoTokenizer reads a Qwen2Tokenizer for model_type 'qwen2'"):
         save_model(tmp_path / "model", actor, tokenizer)
     assert not (tmp_path / "model").exists()
+    # The same answer is there before anything is trained.
+    with pytest.raises(CheckpointError, match="AutoTokenizer reads a Qwen2Tokenizer for model_type 'qwen2'"):
+        require_savable(actor, tokenizer)
+    require_savable(load_actor(tiny, tokenizer=tokenizer), tokenizer)
 
 
 def test_hidden_states_times_head_are_the_logits_and_padding_does_not_matter(tiny, tokenizer):

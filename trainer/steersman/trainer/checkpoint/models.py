@@ -12,6 +12,7 @@ from the other's files; what is missing (the head) is drawn from the seed.
 """
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -203,6 +204,14 @@ def save_model(
         write_model(directory, model, tokenizer)
         if tokenizer is not None:
             _require_same_tokenizer(directory, tokenizer, model.config.model_type)
+
+
+def require_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """CheckpointError where :func:`save_model` would refuse the two together: to be asked before training."""
+    with tempfile.TemporaryDirectory(prefix="steersman-tokenizer-") as directory:
+        model.config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        _require_same_tokenizer(Path(directory), tokenizer, model.config.model_type)
 
 
 def load_weights(model: PreTrainedModel, directory: Path) -> None:

@@ -37,6 +37,7 @@ from steersman.trainer.checkpoint.models import (
     load_scalar_head,
     load_tokenizer,
     load_weights,
+    require_savable,
     save_model,
     write_model,
 )
@@ -87,6 +88,7 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
     attempt = next_attempt(run.directory)
     tokenizer = load_tokenizer(config.tokenizer or str(config.actor.path), revision=config.actor.revision)
     actor, critic = load_models(config, tokenizer)
+    require_savable(actor, tokenizer)
     learner = PpoLearner(actor, critic, config)
     run_id = f"{run.run_id}.{attempt}"
     with GrpcServices(config, run_id=run_id, tokenizer=tokenizer) as services:

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.atomic import CheckpointError, verify
-from steersman.trainer.checkpoint.models import ModelSource, load_tokenizer, load_weights, save_model, write_model
+from steersman.trainer.checkpoint.models import (
+    ModelSource,
+    load_tokenizer,
+    load_weights,
+    require_savable,
+    save_model,
+    write_model,
+)
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
 from steersman.trainer.data.batches import EpochOrder, split_indices
@@ -152,6 +159,7 @@ def train(
     ``facts`` are numbers about the data that go into the last row. A run that had already ended is left as it is.
     """
     require_room(config, model)
+    require_savable(model, tokenizer)
     total_steps = config.total_steps(task.num_records)
     order = EpochOrder(task.num_records, batch_size=config.batch_size, seed=config.seed)
     optimizer = build_optimizer(config.optimizer, model)
