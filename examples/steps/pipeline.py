@@ -164,6 +164,8 @@ class Pipeline:
         prompts = [rng.choice(data.train_prompts) for _ in range(num)]
         rows, num_noisy = [], 0
         for first, second in self._answers(tokenizer, prompts, seed=10_000, samples_per_prompt=2):
+            if not first.text or not second.text or first.text == second.text:
+                continue  # nothing to choose between
             judgement = annotator.compare(
                 first.prompt,
                 (first.text, first.ended),
@@ -174,12 +176,21 @@ class Pipeline:
             chosen, rejected = (first, second) if judgement.first_is_better else (second, first)
             num_noisy += judgement.first_is_better != (judgement.probability >= 0.5)
             rows.append({"prompt": first.prompt, "chosen": chosen.text, "rejected": rejected.text})
-        self._console.say(f"{num} pairs compared, {num_noisy / num:.0%} of them against the annotator's own rule")
-        self._figures["annotator_noise"] = num_noisy / num
+        if len(rows) <= source.num_held_out_comparisons:
+            raise ValueError(
+                f"only {len(rows)} of {num} pairs can be compared: the sft model says nothing, train it more"
+            )
+        noise = num_noisy / len(rows)
+        self._console.say(
+            f"{len(rows)} pairs compared, {noise:.0%} of them against the annotator's own rule; "
+            f"{num - len(rows)} left out: alike, or an empty answer"
+        )
+        self._figures["annotator_noise"] = noise
+        num_train = len(rows) - source.num_held_out_comparisons
         folder = self._directory / "data"
         return (
-            write_rows(folder / "comparisons.train.jsonl", rows[: source.num_comparisons]),
-            write_rows(folder / "comparisons.held-out.jsonl", rows[source.num_comparisons :]),
+            write_rows(folder / "comparisons.train.jsonl", rows[:num_train]),
+            write_rows(folder / "comparisons.held-out.jsonl", rows[num_train:]),
         )
 
     def _measure(self, data: Prepared, tokenizer: Tokenizer, when: str) -> Measured:
