@@ -15,6 +15,12 @@ def test_it_is_the_product_with_the_transpose(transposed):
     torch.testing.assert_close(matmul_nt(left, right), slow(left.tolist(), right.tolist()), atol=1e-5, rtol=1e-5)
 
 
+def test_a_bias_and_leading_dimensions():
+    left, right, bias = torch.randn(2, 4, 5), torch.randn(3, 5), torch.randn(3)
+    expected = slow(left.reshape(8, 5).tolist(), right.tolist()) + bias
+    torch.testing.assert_close(matmul_nt(left, right, bias), expected.view(2, 4, 3), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_go_the_ordinary_way(dtype):
     left, right = torch.randn(4, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from steersman.trainer.rollout.types import FinishReason, Prompt, Rollout
-from steersman.trainer.stages import ppo_linear
+from steersman.trainer.stages.linear import speed_up
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
 
@@ -70,6 +70,9 @@ def rollouts(seed: int = 0, count: int = 6) -> list[Rollout]:
 
 def update(settings: PpoConfig, *, step: int = 0) -> tuple[dict[str, float], list[Tensor]]:
     actor, critic = models()
+    if settings.fast_linear:
+        speed_up(actor)
+        speed_up(critic)
     learner = PpoLearner(actor, critic, settings)
     metrics = learner.update(rollouts(), step=step, kl_coef=0.1)
     return metrics, [p.detach() for model in (actor, critic) for p in model.parameters()]
@@ -211,23 +214,3 @@ def test_a_state_goes_on_bit_by_bit() -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="rollouts are empty"):
         PpoLearner(*models(), config()).update([], step=0, kl_coef=0.1)
-
-
-@pytest.mark.skipif(not ppo_linear.available(), reason="torch without oneDNN")
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_fast_linear_layer_is_a_linear_layer(bias: bool) -> None:
-    torch.manual_seed(0)
-    plain = nn.Linear(12, 7, bias=bias)
-    fast = copy.deepcopy(plain)
-    assert ppo_linear.speed_up(nn.Sequential(fast)) == 1
-    assert list(fast.state_dict()) == list(plain.state_dict())
-    inputs = [torch.randn(2, 5, 12, requires_grad=True) for _ in range(2)]
-    inputs[1].data.copy_(inputs[0].data)
-    outputs = [layer(x) for layer, x in zip((plain, fast), inputs, strict=True)]
-    torch.testing.assert_close(outputs[0], outputs[1])
-    weight = torch.randn(2, 5, 7)
-    for output in outputs:
-        (output * weight).sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-    for one, other in zip(plain.parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)

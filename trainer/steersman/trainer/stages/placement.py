@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steersman.trainer.checkpoint.models import resolve_device
-from steersman.trainer.stages.ppo_linear import speed_up
+from steersman.trainer.stages.linear import speed_up
 
 DTypeSetting = Literal["auto", "float32", "bfloat16"]
 
@@ -23,10 +23,13 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
 
-    def move(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Moves ``model`` there, in place, and lets float32 layers on a CPU take their faster form; gives it back."""
+    def move(self, model: PreTrainedModel, *, fast_linear: bool = True) -> PreTrainedModel:
+        """Moves ``model`` there, in place, and gives it back; with ``fast_linear``, float32 layers on a CPU take their
+        faster form.
+        """
         nn.Module.to(model, self.device)
-        speed_up(model)
+        if fast_linear:
+            speed_up(model)
         return model
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -26,7 +26,6 @@ from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
 from steersman.trainer.checkpoint.models import hidden_states, lm_head, score_head
 from steersman.trainer.data.batches import micro_batches
 from steersman.trainer.rollout.types import Rollout
-from steersman.trainer.stages import ppo_linear
 from steersman.trainer.stages.optim import apply_update, build_optimizer
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
@@ -69,9 +68,6 @@ class PpoLearner:
         self._config = config
         self._device = next(actor.parameters()).device
         self._head, self._value_head = lm_head(actor), score_head(critic)
-        if config.fast_linear:
-            for model in (actor, critic):
-                ppo_linear.speed_up(model)
         self._placement = place(str(self._device), config.dtype)
         self._settings = {"actor": config.optimizer, "critic": config.critic_optimizer}
         self._optimizers = {

@@ -103,7 +103,9 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     placement = place(config.device, config.dtype)
     actor = load_actor(config.actor, seed=config.seed, tokenizer=tokenizer)
     critic = load_scalar_head(config.critic or config.actor, seed=config.seed, tokenizer=tokenizer)
-    return placement.move(actor), placement.move(critic)
+    for model in (actor, critic):
+        placement.move(model, fast_linear=config.fast_linear)
+    return actor, critic
 
 
 class PromptStream:

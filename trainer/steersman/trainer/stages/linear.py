@@ -1,10 +1,4 @@
-"""Float32 matrix products of a training step on CPUs, through oneDNN.
-
-torch sends float32 products to MKL, whose kernels leave two thirds and more of some CPUs unused (measured on an
-AVX-512 EPYC at 1,536 tokens and widths of 256 to 1,024: 40 to 95 GFLOPS a core, against 140 to 220 with oneDNN, in
-all three products of a layer). torch's own build of oneDNN offers the operator that its compiler emits; the result
-is float32 throughout.
-"""
+"""Linear layers whose float32 products run through oneDNN on CPUs, forwards and backwards; see `algorithm.products`."""
 
 from typing import Any
 
@@ -12,18 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-def available() -> bool:
-    """True if this build of torch has oneDNN and the operator."""
-    has_library: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_library and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from steersman.trainer.algorithm.products import matmul_nt, one_dnn_available
 
 
 def speed_up(model: nn.Module) -> int:
     """Lets every plain float32 `nn.Linear` of `model` on a CPU compute through oneDNN; gives how many. Names and
     weights stay.
     """
-    if not available():
+    if not one_dnn_available():
         return 0
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
@@ -45,18 +35,12 @@ class OneDnnLinear(nn.Linear):
         return output
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left @ right.T + bias`."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-    return result
-
-
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.has_bias = bias is not None
-        return _product(input, weight, bias)
+        return matmul_nt(input, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -65,9 +49,9 @@ class _Product(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_input = _product(flat, weight.t()).view(input.shape)
+            grad_input = matmul_nt(flat, weight.T).view(input.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = _product(flat.t(), input.reshape(-1, input.shape[-1]).t())
+            grad_weight = matmul_nt(flat.T, input.reshape(-1, input.shape[-1]).T)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0)
         return grad_input, grad_weight, grad_bias
