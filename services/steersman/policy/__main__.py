@@ -1,4 +1,4 @@
-"""`python -m steersman.policy --model FOLDER --port PORT`."""
+"""`python -m steersman.policy --model FOLDER_OR_HUB_ID --port PORT`."""
 
 import sys
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from steersman.policy.engine.location import locate
 from steersman.policy.engine.options import prepare_environment, runs_on_cpu
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine
 from steersman.policy.handler import GenerationHandler
@@ -73,7 +74,7 @@ async def build(settings: PolicySettings, metrics: Metrics) -> PolicyService:
     wrong.
     """
     on_cpu = runs_on_cpu()
-    options = settings.engine_options(on_cpu=on_cpu)
+    options = settings.engine_options(locate(settings.model, settings.revision), on_cpu=on_cpu)
     checkpoint = Checkpoint(options.model)
     prepare_environment(options, on_cpu=on_cpu)
     # Only now: vLLM and torch read the environment when they are imported.

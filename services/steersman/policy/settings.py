@@ -1,10 +1,10 @@
 """Settings of the policy service."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from steersman.policy.engine.location import Location
 from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.serving.settings import ServerSettings
@@ -13,8 +13,15 @@ from steersman.serving.settings import ServerSettings
 class PolicySettings(ServerSettings):
     """Serves a causal language model for sampling, and takes new weights while it serves."""
 
-    model: Path = Field(description="Folder of a Hugging Face checkpoint with safetensors.")
-    served_model_name: str = Field("", description="Name that callers see; empty takes the folder's.")
+    port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    metrics_port: int | None = Field(
+        9051, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 takes a free one, none is off."
+    )
+    model: str = Field(
+        min_length=1, description="Folder of a Hugging Face checkpoint with safetensors, or the id of one on the hub."
+    )
+    revision: str | None = Field(None, description="Hub branch, tag or commit; none takes the newest.")
+    served_model_name: str = Field("", description="Name that callers see; empty takes the folder's or the hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Element type to compute in; auto takes the checkpoint's."
     )
@@ -47,12 +54,12 @@ class PolicySettings(ServerSettings):
     )
     seed: int = Field(0, ge=0, description="Start of the random numbers for requests without a seed.")
 
-    def engine_options(self, *, on_cpu: bool) -> EngineOptions:
-        """How to start the engine."""
+    def engine_options(self, location: Location, *, on_cpu: bool) -> EngineOptions:
+        """How to start the engine on the checkpoint that `model` led to."""
         kv_cache_mib = self.kv_cache_mib or (1024 if on_cpu else None)
         return EngineOptions(
-            model=self.model,
-            served_name=self.served_model_name,
+            model=location.folder,
+            served_name=self.served_model_name or location.name,
             dtype=self.dtype,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,

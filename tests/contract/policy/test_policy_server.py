@@ -91,7 +91,7 @@ def prompt(*ids: int, **sampling: object) -> policy_pb2.GenerateRequest:
 
 @pytest.fixture
 async def harness() -> AsyncIterator[Harness]:
-    settings = PolicySettings(model="unused", health_interval_seconds=0.01)  # type: ignore[arg-type]
+    settings = PolicySettings(model="unused", port=0, metrics_port=None, health_interval_seconds=0.01)
     engine, metrics = FakeEngine(), Metrics("policy")
     service = PolicyService(engine, FakeSource(), settings, metrics)
     server = await start_server(service, settings, metrics)

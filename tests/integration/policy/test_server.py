@@ -66,7 +66,7 @@ def models(folders: list[Path]) -> list[PreTrainedModel]:
 def running(folder: Path, log: Path) -> Iterator[tuple["subprocess.Popen[bytes]", str]]:
     """A policy server and its address."""
     command = [sys.executable, "-m", "steersman.policy", "--model", str(folder), "--kv-cache-mib", "32"]
-    command += ["--load-chunk-bytes", "65536", "--max-num-seqs", "16"]
+    command += ["--load-chunk-bytes", "65536", "--max-num-seqs", "16", "--port", "0", "--metrics-port", "0"]
     with log.open("wb") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -277,10 +277,11 @@ async def test_a_live_push_is_exact_for_every_token(
 
 
 def test_a_missing_checkpoint_is_said_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "steersman.policy", "--model", str(tmp_path)]
+    command = [sys.executable, "-m", "steersman.policy", "--model", str(tmp_path), "--port", "0"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 1
-    assert "allowed: a folder with model.safetensors" in finished.stderr
+    assert f"model is {str(tmp_path)!r}" in finished.stderr
+    assert "allowed: a folder with config.json and model.safetensors" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 

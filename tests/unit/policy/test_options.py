@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from steersman.policy.engine import model_files, options
+from steersman.policy.engine.location import Location
 from steersman.policy.engine.options import EngineOptions, prepare_environment
 from steersman.policy.settings import PolicySettings
 from steersman.serving.settings import SettingsError
@@ -46,7 +47,7 @@ def test_gpu_engines_are_left_alone(environment: dict[str, str]) -> None:
 def test_settings_reach_the_engine(tmp_path: Path) -> None:
     flags = ["--model", str(tmp_path), "--kv-cache-mib", "3", "--max-num-seqs", "9", "--dtype", "float32"]
     settings = PolicySettings.load([*flags, "--served-model-name", "m", "--kv-cache-policy", "recompute"])
-    found = settings.engine_options(on_cpu=True)
+    found = settings.engine_options(Location(folder=tmp_path, name="other"), on_cpu=True)
     assert (found.model, found.kv_cache_bytes, found.max_num_seqs) == (tmp_path, 3 * 2**20, 9)
     assert (found.dtype, found.served_name) == ("float32", "m")
     assert settings.kv_cache_policy == "recompute"
@@ -54,8 +55,15 @@ def test_settings_reach_the_engine(tmp_path: Path) -> None:
 
 def test_the_cache_is_bounded_on_cpu_only(tmp_path: Path) -> None:
     settings = PolicySettings.load(["--model", str(tmp_path)])
-    assert settings.engine_options(on_cpu=True).kv_cache_bytes == 2**30
-    assert settings.engine_options(on_cpu=False).kv_cache_bytes is None
+    location = Location(folder=tmp_path, name="org/name")
+    assert settings.engine_options(location, on_cpu=True).kv_cache_bytes == 2**30
+    assert settings.engine_options(location, on_cpu=False).kv_cache_bytes is None
+    assert settings.engine_options(location, on_cpu=True).served_name == "org/name"
+
+
+def test_the_ports_are_the_documented_ones() -> None:
+    settings = PolicySettings.load(["--model", "m"])
+    assert (settings.port, settings.metrics_port) == (50051, 9051)
 
 
 @pytest.mark.parametrize(
