@@ -199,6 +199,21 @@ def test_the_critic_can_learn_alone_first() -> None:
     assert any(not torch.equal(one, other) for one, other in zip(later, untouched, strict=False))
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_epochs": 2, "kl": {"place": "loss"}, "entropy_coefficient": 0.01}])
+def test_nothing_is_differentiated_through_an_actor_that_does_not_learn_yet(changes: dict[str, Any]) -> None:
+    actor, critic = models()
+    seen: dict[str, int] = {"actor": 0, "critic": 0}
+    for name, model in (("actor", actor), ("critic", critic)):
+        for parameter in model.parameters():
+            parameter.register_hook(lambda _, name=name: seen.update({name: seen[name] + 1}))
+    learner = PpoLearner(actor, critic, config(critic_warmup_steps=1, **changes))
+    learner.update(rollouts(), step=0, kl_coef=0.1)
+    assert seen["actor"] == 0
+    assert seen["critic"] > 0
+    learner.update(rollouts(), step=1, kl_coef=0.1)
+    assert seen["actor"] > 0
+
+
 def test_a_state_goes_on_bit_by_bit() -> None:
     settings = config(num_epochs=2)
     actor, critic = models()

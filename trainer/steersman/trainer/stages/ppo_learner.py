@@ -9,6 +9,7 @@ Invariants:
 - Old log-probs and values are the trainer's own, from before the update. When a batch is a single optimizer step
   the policy ratio is exactly one, so that forward pass is also the one that is differentiated: its graph is kept
   for as many tokens as `retained_tokens` allows, and only what exceeds it is computed a second time.
+- While only the critic learns, nothing is differentiated through the actor.
 """
 
 import random
@@ -90,7 +91,7 @@ class PpoLearner:
         num_retained = 0
         for micro in self._micros(rollouts, range(len(rollouts))):
             retain = single and num_retained + micro.ids_bW.numel() <= self._retained_tokens
-            outputs = self._forward(micro, grad=retain)
+            outputs = self._forward(micro, step, grad=retain)
             _scatter(old_BT, data.mask_BT, micro.rows_b, outputs.logprobs_t)
             _scatter(values_BT, data.mask_BT, micro.rows_b, outputs.values_t)
             num_retained += micro.ids_bW.numel() if retain else 0
@@ -151,15 +152,14 @@ class PpoLearner:
         ratio_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         while micros:
             micro, outputs = micros.pop(0)  # the graph of a micro-batch dies with its backward pass
-            outputs = outputs if outputs is not None else self._forward(micro, grad=True)
+            outputs = outputs if outputs is not None else self._forward(micro, step, grad=True)
             loss, ratio = self._losses(micro, outputs, targets, kl_coef, num_tokens, sums)
             ratio_sum += ratio
             del outputs
             loss.backward()  # type: ignore[no-untyped-call]
         ratios.append(float(ratio_sum) / num_tokens)
         for name, optimizer in self._optimizers.items():
-            if name == "actor" and step < self._config.critic_warmup_steps:
-                optimizer.zero_grad(set_to_none=True)
+            if name == "actor" and self._is_warm_up(step):
                 continue
             applied = apply_update(optimizer, self._settings[name], step=step, total_steps=self._config.total_steps)
             self._lr[name] = applied["lr"]
@@ -220,9 +220,12 @@ class PpoLearner:
                 loss = loss - config.entropy_coefficient * entropy / num_tokens
         return loss, actor.sums["policy/ratio"].double()
 
-    def _forward(self, micro: _Micro, *, grad: bool) -> _Outputs:
+    def _is_warm_up(self, step: int) -> bool:
+        return step < self._config.critic_warmup_steps
+
+    def _forward(self, micro: _Micro, step: int, *, grad: bool) -> _Outputs:
         config = self._config
-        with torch.set_grad_enabled(grad), self._placement.autocast():
+        with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
             states_tD = _at(hidden_states(self.actor, micro.ids_bW), micro.predicting_t)
             taken = logprobs_from_hidden(
                 states_tD,
@@ -232,6 +235,7 @@ class PpoLearner:
                 temperature=config.sampling.temperature,
                 with_entropy=grad and (config.exact_entropy or config.entropy_coefficient > 0),
             )
+        with torch.set_grad_enabled(grad), self._placement.autocast():
             value_states_tD = _at(hidden_states(self.critic, micro.ids_bW), micro.predicting_t)
             values_t = self._value_head(value_states_tD).squeeze(-1).float()
         return _Outputs(logprobs_t=taken.logprobs, values_t=values_t, entropy_t=taken.entropy)
