@@ -78,7 +78,7 @@ class Inputs:
 
 def run(context: Context) -> Measured:
     """Measures both figures."""
-    plan = Plan(turns=1, warm_up=1, counted=1) if context.quick else Plan(turns=4, warm_up=3, counted=10)
+    plan = Plan(turns=1, warm_up=1, counted=1) if context.quick else Plan(turns=3, warm_up=2, counted=10)
     subprocess.run([str(_TRL / "setup")], check=True)
     figures, detail = {}, {}
     for regime, mean_tokens in REGIMES.items():
