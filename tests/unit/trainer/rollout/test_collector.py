@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from steersman.client.types import FinishReason
 from steersman.trainer.retry import Backoff, GaveUp, Waits
 from steersman.trainer.rollout.collector import Collector, CollectorSettings
-from steersman.trainer.rollout.types import RolloutBatch, SamplingSettings
+from steersman.trainer.rollout.types import RolloutBatch, SamplingSettings, describe_drops
 from steersman.wire.errors import Code, Reason, SteersmanError
 
 
@@ -137,7 +137,7 @@ async def test_samples_that_the_engine_gave_up_are_drawn_again_and_at_last_dropp
     hopeless = fakes.FakePolicy(script=[lambda n: [aborted]] * 3)
     batch = await collect(collector([hopeless], num_samples=1, draw_attempts=3), count=1)
     assert keys(batch) == []
-    assert batch.drops[0].reason == "policy: no usable sample in 3 draws"
+    assert (batch.drops[0].service, batch.drops[0].reason) == ("policy", "no usable sample in 3 draws")
 
 
 async def test_a_prompt_that_is_refused_is_dropped_and_not_sent_again() -> None:
@@ -145,7 +145,7 @@ async def test_a_prompt_that_is_refused_is_dropped_and_not_sent_again() -> None:
     policy = fakes.FakePolicy(script=[lambda n: [refusal]])
     batch = await collect(collector([policy], max_in_flight=2), count=3)
     assert len(batch.rollouts) == 4
-    assert [drop.reason for drop in batch.drops] == [f"policy: {refusal}"] * 2
+    assert [(drop.service, drop.reason) for drop in batch.drops] == [("policy at policy-0", str(refusal))] * 2
     assert len([event for event in policy.events if "prompt" in event]) == 3
 
 
@@ -155,13 +155,30 @@ async def test_an_item_error_is_retried_and_never_becomes_a_score() -> None:
     batch = await collect(collector(reward=reward, item_attempts=3), count=2)
     assert keys(batch) == [(0, 0), (0, 1), (1, 0)]
     assert [rollout.score for rollout in batch.rollouts] == [0.0, 1.0, 10.0]
-    assert [(drop.key, drop.reason) for drop in batch.drops] == [((1, 1), "reward: SCORER_FAILED: raised")]
+    [drop] = batch.drops
+    assert (drop.key, drop.service, drop.cause) == ((1, 1), "reward at reward-0", "SCORER_FAILED")
+    assert str(drop) == "sample 1.1, reward at reward-0: SCORER_FAILED: raised"
 
 
 async def test_one_bad_sequence_does_not_spoil_the_call_that_it_travels_in() -> None:
     batch = await collect(collector(reference=fakes.FakeReference(poisoned={2})), count=4)
     assert keys(batch) == [key for key in all_keys(4) if key[0] != 2]
     assert {drop.key for drop in batch.drops} == {(2, 0), (2, 1)}
+
+
+async def test_an_engine_that_fails_every_call_is_named_with_its_address_its_reason_and_the_first_failures() -> None:
+    class Broken(fakes.FakeReference):
+        async def logprobs(self, completions, temperature):
+            raise SteersmanError(Reason.INTERNAL, "the engine failed")
+
+    reward = fakes.FakeReward(item_failures={(0, 0): [SteersmanError(Reason.SCORER_FAILED, "raised")] * 3})
+    batch = await collect(collector(reward=reward, reference=Broken()), count=3)
+    assert len(batch.drops) == 6
+    assert describe_drops(batch.drops, num_shown=2) == (
+        "5 by reference at reference-0 (INTERNAL), 1 by reward at reward-0 (SCORER_FAILED); "
+        "first: sample 0.0, reward at reward-0: SCORER_FAILED: raised; "
+        "sample 0.1, reference at reference-0: INTERNAL: the engine failed"
+    )
 
 
 async def test_a_service_that_is_away_is_waited_for_and_named() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from steersman.trainer.checkpoint.models import ModelSource, load_actor, load_tokenizer
 from steersman.trainer.rollout.types import Drop, FinishReason, Prompt, Rollout, RolloutBatch, VersionSpan
+from steersman.trainer.stages import ppo_loop
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
 from steersman.trainer.stages.ppo_loop import PpoLoop, PpoResult, load_models
@@ -51,7 +52,10 @@ class FakeServices:
             return Future()
         generator = torch.Generator().manual_seed(self.image.version.step)
         rollouts = self._draw(prompts, generator)
-        drops = tuple(Drop(key=rollout.key, reason="policy: gone") for rollout in rollouts[: self.num_drops])
+        drops = tuple(
+            Drop(key=rollout.key, service="reward at r:1", reason="gone", cause="INTERNAL")
+            for rollout in rollouts[: self.num_drops]
+        )
         return done(RolloutBatch(rollouts=tuple(rollouts[self.num_drops :]), drops=drops))
 
     def waiting(self) -> str:
@@ -229,7 +233,8 @@ def test_a_cancelled_job_saves_and_can_go_on(make) -> None:
     assert services.events[0] == "publish demo.2@3"
 
 
-def test_a_wait_says_what_it_waits_for_and_can_be_cancelled(make) -> None:
+def test_a_wait_says_what_it_waits_for_and_can_be_cancelled(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo_loop, "_POLL_SECONDS", 0.01)
     asked = threading.Event()
     loop, services, run, listener = make(stop=asked.is_set)
     services.hang = True
@@ -253,7 +258,9 @@ def test_dropped_samples_are_counted_and_too_many_end_the_job(make) -> None:
     assert (result.metrics["rollout/dropped"], result.metrics["episode"]) == (5, 11)
     loop, services, run, _ = make("other", total_steps=1)
     services.num_drops = 9
-    with pytest.raises(RuntimeError, match=r"9 of 16 samples were dropped.*policy: gone"):
+    with pytest.raises(
+        RuntimeError, match=r"9 of 16 samples were dropped.*9 by reward at r:1 \(INTERNAL\); first: sample 0.0"
+    ):
         go(loop, run)
 
 

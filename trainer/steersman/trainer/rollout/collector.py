@@ -89,10 +89,11 @@ class Collector:
             max_in_flight=settings.max_in_flight,
             sleep=sleep,
         )
+        self._reward_name, self._reference_name = f"reward at {reward.target}", f"reference at {reference.target}"
         temperature = settings.sampling.temperature
         self._scores: Coalescer[Completion, float] = Coalescer(
             reward.scores,
-            what=f"reward at {reward.target}",
+            what=self._reward_name,
             backoff=settings.backoff,
             waits=self.waits,
             max_items=settings.call_items,
@@ -102,7 +103,7 @@ class Collector:
         )
         self._references: Coalescer[Completion, FloatArray] = Coalescer(
             lambda completions: reference.logprobs(completions, temperature),
-            what=f"reference at {reference.target}",
+            what=self._reference_name,
             backoff=settings.backoff,
             waits=self.waits,
             max_items=settings.call_items,
@@ -156,7 +157,7 @@ class Collector:
                 except SteersmanError as error:
                     if not is_transient(error):
                         for slot in missing:
-                            batch.drop((prompt.index, slot), f"policy: {error}")
+                            batch.fail((prompt.index, slot), f"policy at {replica.port.target}", error)
                         return
                     if self._pool.failed(replica, epoch):  # said once, not for every prompt that was there
                         _log.warning("policy at %s failed, what it owes is drawn again: %s", replica.port.target, error)
@@ -170,7 +171,7 @@ class Collector:
             num_unusable.update(unusable)
             for slot in [slot for slot in missing if num_unusable[slot] >= self._settings.draw_attempts]:
                 missing.remove(slot)
-                batch.drop((prompt.index, slot), f"policy: no usable sample in {num_unusable[slot]} draws")
+                batch.drop((prompt.index, slot), "policy", f"no usable sample in {num_unusable[slot]} draws")
             if missing:
                 await self._sleep(self._settings.backoff.delay(attempt))
                 attempt += 1
@@ -193,18 +194,19 @@ class Collector:
         score, ref_logprobs = await asyncio.gather(
             self._scores.submit(completion), self._references.submit(completion), return_exceptions=True
         )
-        for service, answer in (("reward", score), ("reference", ref_logprobs)):
+        for service, answer in ((self._reward_name, score), (self._reference_name, ref_logprobs)):
             if isinstance(answer, SteersmanError):
-                batch.drop(key, f"{service}: {answer}")
+                batch.fail(key, service, answer)
                 return
             if isinstance(answer, BaseException):
                 raise answer
         score, ref_logprobs = cast(float, score), cast(FloatArray, ref_logprobs)
         if not math.isfinite(score):
-            batch.drop(key, f"reward: the score is {score}, must be finite")
+            batch.drop(key, self._reward_name, f"the score is {score}, must be finite")
             return
         if len(ref_logprobs) != len(completion.response_ids):
-            batch.drop(key, f"reference: {len(ref_logprobs)} log-probs came for {len(completion.response_ids)} tokens")
+            problem = f"{len(ref_logprobs)} log-probs came for {len(completion.response_ids)} tokens"
+            batch.drop(key, self._reference_name, problem)
             return
         batch.add(
             Rollout(
@@ -259,10 +261,13 @@ class _Ledger:
         self._open.remove(rollout.key)
         self._rollouts.append(rollout)
 
-    def drop(self, key: Key, reason: str) -> None:
+    def drop(self, key: Key, service: str, reason: str, cause: str = "") -> None:
         self._open.remove(key)
-        _log.warning("dropping sample %s: %s", key, reason)
-        self._drops.append(Drop(key=key, reason=reason))
+        self._drops.append(Drop(key=key, service=service, reason=reason, cause=cause))
+        _log.warning("dropping %s", self._drops[-1])
+
+    def fail(self, key: Key, service: str, error: SteersmanError) -> None:
+        self.drop(key, service, str(error), cause=str(error.reason or error.code.name))
 
     def close(self, seconds: float) -> RolloutBatch:
         assert not self._open, f"samples without an end: {sorted(self._open)}"

@@ -15,7 +15,8 @@
 ((0, 1), 6, 3)
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "SamplingSettings",
     "VersionSpan",
     "WeightVersion",
+    "describe_drops",
 ]
 
 
@@ -129,10 +131,30 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """A sample that is missing from its batch, and why."""
+    """A sample that is missing from its batch, and why.
+
+    Attributes:
+        key: which sample.
+        service: name and address of the service that failed it ("reward at 127.0.0.1:50053").
+        cause: in one word, the same for drops of one cause ("ENGINE_ERROR"); empty if there is none.
+        reason: what happened, for people.
+    """
 
     key: tuple[int, int]
+    service: str
     reason: str
+    cause: str = ""
+
+    def __str__(self) -> str:
+        return f"sample {self.key[0]}.{self.key[1]}, {self.service}: {self.reason}"
+
+
+def describe_drops(drops: Sequence[Drop], *, num_shown: int = 3) -> str:
+    """What failed the samples: how many by which service for which cause, most first, then the first few in full."""
+    counts = Counter((drop.service, drop.cause) for drop in drops)
+    groups = [f"{count} by {service}" + (f" ({cause})" if cause else "") for (service, cause), count in counts.most_common()]
+    shown = "; ".join(str(drop) for drop in drops[:num_shown])
+    return f"{', '.join(groups)}; first: {shown}"
 
 
 @dataclass(frozen=True, kw_only=True)

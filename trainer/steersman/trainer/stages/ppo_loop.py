@@ -46,7 +46,7 @@ from steersman.trainer.checkpoint.store import CheckpointStore
 from steersman.trainer.data.batches import EpochOrder
 from steersman.trainer.data.encode import Encoder
 from steersman.trainer.data.load import DataSettings, load_prompts
-from steersman.trainer.rollout.types import Prompt, Rollout, RolloutBatch
+from steersman.trainer.rollout.types import Prompt, Rollout, RolloutBatch, describe_drops
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
@@ -272,7 +272,7 @@ class PpoLoop:
         if not batch.rollouts or len(batch.drops) > self._config.max_dropped_share * num_samples:
             raise RuntimeError(
                 f"{len(batch.drops)} of {num_samples} samples were dropped, allowed is a share of "
-                f"{self._config.max_dropped_share} (max_dropped_share); the first: {batch.drops[0].reason}"
+                f"{self._config.max_dropped_share} (max_dropped_share): {describe_drops(batch.drops)}"
             )
 
     def _rollout_metrics(self, batch: RolloutBatch, report: PublishReport) -> dict[str, float]:
