@@ -1,14 +1,15 @@
 """Builds the policy service: checkpoint, engine, weight store, handlers, servicers."""
 
+import asyncio
 import gc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
 from steersman.policy.engine.location import locate
 from steersman.policy.engine.options import prepare_environment, runs_on_cpu
-from steersman.policy.engine.port import EngineDeadError, GenerationEngine
+from steersman.policy.engine.port import EngineDeadError, GenerationEngine, GenerationRequest
 from steersman.policy.handler import GenerationHandler
 from steersman.policy.metrics import PolicyMetrics
 from steersman.policy.servicer import PolicyServicer
@@ -20,6 +21,9 @@ from steersman.serving.metrics import Metrics
 from steersman.serving.service import EngineDead
 from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
 from steersman.wire.errors import unavailable
+
+_WARM_UP_S: Final = 600.0
+"""Time for the first token. A compiler may run within it; a CPU that swaps does not get there."""
 
 
 class PolicyService:
@@ -69,6 +73,27 @@ class PolicyService:
             await self._engine.shutdown()
 
 
+async def warm_up(engine: GenerationEngine) -> None:
+    """Draws one token, so that a model which loads but does not run fails now and not at the first request.
+
+    Raises ENGINE_UNAVAILABLE if the engine dies of it or does not end it.
+    """
+    request = GenerationRequest(
+        request_id="warm-up", prompt_token_ids=[0], max_tokens=1, temperature=0.0, ignore_eos=True, final_only=True
+    )
+    try:
+        async with asyncio.timeout(_WARM_UP_S):
+            async for _ in engine.generate(request):
+                pass
+    except EngineDeadError as error:
+        raise unavailable(
+            "the engine loaded the model and died of its first token, so it cannot run this model here "
+            "(a head size or data type without a kernel?); its own error is in the log above"
+        ) from error
+    except TimeoutError as error:
+        raise unavailable(f"the engine loaded the model, but its first token took over {_WARM_UP_S:g} s") from error
+
+
 async def build(settings: PolicySettings, metrics: Metrics) -> PolicyService:
     """Starts the engine and everything over it. Raises `ValueError` or `SteersmanError` saying what is
     wrong.
@@ -86,6 +111,7 @@ async def build(settings: PolicySettings, metrics: Metrics) -> PolicyService:
         raise unavailable(f"the engine did not start: {error}") from error
     try:
         await engine.prepare()
+        await warm_up(engine)
         service = PolicyService(engine, checkpoint, settings, metrics)
     except BaseException:
         await engine.shutdown()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import xxhash
 from tiny_models import VOCAB_SIZE, save_model, save_tokenizer
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steersman.policy.weights.checkpoint import Checkpoint
 from steersman.policy.weights.manifest import digest
@@ -283,6 +283,33 @@ def test_a_missing_checkpoint_is_said_at_once(tmp_path: Path) -> None:
     assert f"model is {str(tmp_path)!r}" in finished.stderr
     assert "allowed: a folder with config.json and model.safetensors" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_a_model_that_vllm_loads_but_cannot_run_is_said_at_start(tmp_path: Path) -> None:
+    shape = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }  # 16 for each head: no kernel on CPU
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, intermediate_size=64, num_hidden_layers=1, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "steersman.policy",
+        "--model",
+        str(tmp_path),
+        "--kv-cache-mib",
+        "32",
+        "--port",
+        "0",
+    ]
+    command += ["--max-model-len", "64", "--metrics-port", "0"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
+    assert finished.returncode == 1
+    assert (
+        "cannot start: ENGINE_UNAVAILABLE: the engine loaded the model and died of its first token" in finished.stderr
+    )
 
 
 async def test_a_killed_engine_ends_the_server_and_its_calls(
