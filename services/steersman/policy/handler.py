@@ -146,7 +146,7 @@ class GenerationHandler:
         if call.text is not None:
             if not facts.has_tokenizer:
                 raise invalid_field("text", call.text, "prompt_token_ids; this model has no tokenizer")
-            return self._checked_ids(self._engine.encode_text(call.text), "text")
+            return self._checked_tokens("text", call.text, self._engine.encode_text(call.text))
         if call.chat is not None:
             if not facts.has_chat_template:
                 allowed = "prompt_token_ids or text; this model has no chat template"
@@ -154,14 +154,23 @@ class GenerationHandler:
             if not call.chat:
                 raise invalid_field("chat.messages", [], "at least one message")
             try:
-                return self._checked_ids(self._engine.encode_chat(call.chat), "chat")
+                ids = self._engine.encode_chat(call.chat)
             except ValueError as error:
                 raise invalid_field("chat.messages", str(error), "turns that the template takes") from error
+            return self._checked_tokens("chat", f"{len(call.chat)} messages", ids)
         raise invalid_field("prompt", None, "one of prompt_token_ids, chat and text")
 
-    def _checked_ids(self, ids: Sequence[int], field: str = "prompt_token_ids.ids") -> Sequence[int]:
+    def _checked_ids(self, ids: Sequence[int]) -> Sequence[int]:
         if not ids:
-            raise invalid_field(field, [], "at least one token")
+            raise invalid_field("prompt_token_ids.ids", [], "at least one token")
+        self._check_vocabulary("prompt_token_ids.ids", ids)
+        return ids
+
+    def _checked_tokens(self, field: str, value: str, ids: Sequence[int]) -> Sequence[int]:
+        """The tokens of a prompt that came as text. None at all is the text's fault or the tokenizer's."""
+        if not ids:
+            allowed = "a prompt of at least one token; the tokenizer of this model makes none of it"
+            raise invalid_field(field, value, allowed)
         self._check_vocabulary(field, ids)
         return ids
 

@@ -29,7 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-from steersman.policy.engine import model_files, orphans, plugin
+from steersman.policy.engine import model_files, orphans, plugin, tokenization
 from steersman.policy.engine.options import BLOCK_TOKENS, EngineOptions
 from steersman.policy.engine.port import (
     Activation,
@@ -62,6 +62,9 @@ def start_engine(options: EngineOptions) -> "VllmEngine":
         max_model_len=options.max_model_len,  # type: ignore[arg-type]
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        # A prompt computed in parts rewinds the generator of a seeded request, which CPU generators cannot do: the
+        # engine would die.
+        enable_chunked_prefill=False if current_platform.is_cpu() else None,
         kv_cache_memory_bytes=options.kv_cache_bytes,
         gpu_memory_utilization=options.gpu_memory_fraction,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -93,7 +96,8 @@ class VllmEngine:
         self._llm = llm
         self._options = options
         self._stages_beside = current_platform.is_cpu()
-        self._facts = _read_facts(llm, options)
+        self._tokenizer = _read_tokenizer(llm, options)
+        self._facts = _read_facts(llm, options, self._tokenizer)
         self._stop_at_eos = self._facts.info.eos_token_ids
         self._version = WeightVersion()
         self._num_activations = 0
@@ -176,17 +180,16 @@ class VllmEngine:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens as the tokenizer adds them."""
-        return list(self._llm.get_tokenizer().encode(text))
+        return list(self._tokenizer.encode(text))
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of (role, content) turns with a generation prompt."""
         turns = [{"role": role, "content": content} for role, content in messages]
-        tokenizer: Any = self._llm.get_tokenizer()
         try:
-            rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            rendered = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates raise what they like
             raise ValueError(f"the chat template refuses the messages: {error}") from error
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
+        return list(self._tokenizer.encode(rendered, add_special_tokens=False))
 
     def check_health(self) -> None:
         """Raises `EngineDeadError` when the engine died."""
@@ -277,9 +280,19 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown, 5.0)
 
 
-def _read_facts(llm: AsyncLLM, options: EngineOptions) -> ModelFacts:
+def _read_tokenizer(llm: AsyncLLM, options: EngineOptions) -> Any:
+    """The tokenizer for prompts, responses and stop texts; None if the model has none."""
+    if llm.model_config.skip_tokenizer_init:
+        return None
+    found: Any = llm.get_tokenizer()
+    tokenizer = tokenization.trusted(found, options.model)
+    if tokenizer is not found:
+        llm.output_processor.tokenizer = tokenizer
+    return tokenizer
+
+
+def _read_facts(llm: AsyncLLM, options: EngineOptions, tokenizer: Any) -> ModelFacts:
     config = llm.model_config
-    tokenizer: Any = None if config.skip_tokenizer_init else llm.get_tokenizer()
     eos_token_ids = model_files.eos_token_ids(options.model)
     if not eos_token_ids and getattr(tokenizer, "eos_token_id", None) is not None:
         eos_token_ids = (int(tokenizer.eos_token_id),)
