@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from steersman.policy.engine.port import EngineDeadError, GenerationEngine, GenerationRequest, SampleDelta
+from steersman.policy.engine.port import MAX_SEED, EngineDeadError, GenerationEngine, GenerationRequest, SampleDelta
 from steersman.policy.metrics import PolicyMetrics
 from steersman.wire.errors import (
     FieldViolation,
@@ -25,8 +25,6 @@ MIN_TEMPERATURE: Final = 0.01
 asked.
 """
 MAX_TEMPERATURE: Final = 100.0
-_MAX_SEED: Final = 2**63 - 1 - MAX_SAMPLES_PER_PROMPT
-"""Sample i draws with seed + i."""
 _QUEUE_RETRY_S: Final = 1.0
 
 
@@ -191,7 +189,7 @@ class GenerationHandler:
             (top_p is None or 0 < top_p <= 1) or ("top_p", top_p, "(0, 1]"),
             (call.top_k is None or call.top_k >= 0) or ("top_k", call.top_k, "at least 0; 0 is off"),
             (call.max_tokens is None or call.max_tokens >= 1) or ("max_tokens", call.max_tokens, "at least 1"),
-            (call.seed is None or 0 <= call.seed <= _MAX_SEED) or ("seed", call.seed, f"[0, {_MAX_SEED}]"),
+            (call.seed is None or 0 <= call.seed <= MAX_SEED) or ("seed", call.seed, f"[0, {MAX_SEED}]"),
             len(call.stop) <= MAX_STOP_STRINGS or ("stop", f"{len(call.stop)} texts", f"at most {MAX_STOP_STRINGS}"),
             all(call.stop) or ("stop", list(call.stop), "texts that are not empty"),
             (not call.stop or has_tokenizer) or ("stop", list(call.stop), "none; this model has no tokenizer"),

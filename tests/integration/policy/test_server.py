@@ -203,6 +203,8 @@ async def test_the_same_seed_gives_the_same_samples(channel: grpc.aio.Channel) -
     again = await generate(channel, [7, 8], num_samples=2, max_tokens=20, seed=5, ignore_eos=True, final=True)
     assert [sample.tokens for sample in first] == [sample.tokens for sample in again]
     assert first[0].tokens != first[1].tokens
+    (next_seed,) = await generate(channel, [7, 8], max_tokens=20, seed=6, ignore_eos=True)
+    assert next_seed.tokens != first[1].tokens
 
 
 async def test_stop_tokens_end_a_sample(channel: grpc.aio.Channel) -> None:

@@ -7,12 +7,28 @@ Invariants that every engine keeps:
 - `stage` never disturbs the weights that serve, and `activate` either switches completely or not at all.
 """
 
+import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from steersman.wire.identity import ModelInfo, VersionSpan, WeightVersion
+
+MAX_SEED: Final = 2**63 - 1
+"""Generators take a signed 64-bit seed, and a negative one means none to some."""
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of a request with `seed`, [0, MAX_SEED]; sample 0 draws with `seed` itself.
+
+    The others take the low 63 bits of BLAKE2b-64 of "SEED/INDEX", little-endian. With `seed + index` sample 1 of
+    seed 7 would be sample 0 of seed 8: a caller that numbers its requests would train on the same response twice.
+    """
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & MAX_SEED
 
 
 class FinishReason(StrEnum):
@@ -48,7 +64,7 @@ class GenerationRequest:
 
     Example: 2 samples of at most 16 tokens, sent whole:
     `GenerationRequest(request_id="r1", prompt_token_ids=[1, 2], max_tokens=16, num_samples=2,
-    final_only=True)`.
+    final_only=True)`. Sample i draws with `sample_seed(seed, i)`.
     """
 
     request_id: str

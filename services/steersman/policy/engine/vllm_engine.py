@@ -41,6 +41,7 @@ from steersman.policy.engine.port import (
     ModelFacts,
     SampleDelta,
     WeightLoadError,
+    sample_seed,
 )
 from steersman.policy.engine.spans import VersionTracker
 from steersman.policy.engine.streams import groups_of, merge, stream_interval
@@ -164,7 +165,7 @@ class VllmEngine:
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
-            seed=None if request.seed is None else request.seed + index,
+            seed=None if request.seed is None else sample_seed(request.seed, index),
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens,
             stop=list(request.stop),
