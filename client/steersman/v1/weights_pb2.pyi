@@ -79,18 +79,20 @@ class GetWeightStateResponse(_message.Message):
     def __init__(self, active: _Optional[_Union[WeightSnapshot, _Mapping]] = ..., staged: _Optional[_Union[WeightSnapshot, _Mapping]] = ..., previous: _Optional[_Union[WeightSnapshot, _Mapping]] = ..., pushing: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[WeightManifest, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class BeginPushRequest(_message.Message):
-    __slots__ = ("version", "base_version", "manifest", "partial", "idle_timeout")
+    __slots__ = ("version", "base_version", "manifest", "partial", "idle_timeout", "digest")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     version: _types_pb2.WeightVersion
     base_version: _types_pb2.WeightVersion
     manifest: WeightManifest
     partial: bool
     idle_timeout: _duration_pb2.Duration
-    def __init__(self, version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ..., base_version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[WeightManifest, _Mapping]] = ..., partial: bool = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    digest: bytes
+    def __init__(self, version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ..., base_version: _Optional[_Union[_types_pb2.WeightVersion, _Mapping]] = ..., manifest: _Optional[_Union[WeightManifest, _Mapping]] = ..., partial: bool = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class BeginPushResponse(_message.Message):
     __slots__ = ("push_id", "max_chunk_bytes", "already_active")

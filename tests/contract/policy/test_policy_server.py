@@ -274,6 +274,14 @@ async def test_rollback(harness: Harness) -> None:
 async def test_a_push_of_active_weights_says_so(harness: Harness) -> None:
     await harness.push(1)
     assert await harness.begin(1) == ""
+    request = weights_pb2.BeginPushRequest(
+        version=types_pb2.WeightVersion(run_id="run", step=1),
+        manifest=manifest_message(),
+        digest=slow_digest(random_weights(2)),
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await harness.weights.BeginPush(request, timeout=TIMEOUT_S)
+    assert public(caught.value).reason is Reason.WEIGHT_VERSION_STALE
 
 
 async def test_a_broken_stream_leaves_the_old_weights(harness: Harness) -> None:

@@ -122,6 +122,16 @@ async def test_staging_and_activating_again_change_nothing(store: WeightStore, e
     assert await store.begin(announce(1)) is None
 
 
+async def test_one_version_of_two_sets_of_weights_is_noticed(store: WeightStore, engine: FakeEngine) -> None:
+    await push(store, 1)
+    assert await store.begin(announce(1, digest=slow_digest(random_weights(1)))) is None
+    with refused(Reason.WEIGHT_VERSION_STALE, "other weights have taken this version"):
+        await store.begin(announce(1, digest=slow_digest(random_weights(2))))
+    with refused(Reason.INVALID_FIELD, "digest is '3 bytes', allowed: 16 bytes"):
+        await store.begin(announce(2, digest=b"abc"))
+    assert_serves(store, version(1), slow_digest(random_weights(1)))
+
+
 async def test_an_older_step_of_the_same_run_is_refused(store: WeightStore) -> None:
     await push(store, 5)
     with refused(Reason.WEIGHT_VERSION_STALE, "run@4 is older than run@5"):

@@ -121,6 +121,7 @@ def _begin_request(request: weights_pb2.BeginPushRequest) -> BeginRequest:
         ],
         base_version=version_from_proto(request.base_version) if request.HasField("base_version") else None,
         partial=request.partial,
+        digest=request.digest,
         idle_timeout_s=(request.idle_timeout.ToTimedelta().total_seconds() if has_timeout else DEFAULT_IDLE_TIMEOUT_S),
     )
 

@@ -63,13 +63,16 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginRequest:
-    """What a push announces. `base_version` is what a partial push leaves unsaid."""
+    """What a push announces. `base_version` is what deltas apply to, and what a partial push leaves unsaid; `digest`
+    may be empty.
+    """
 
     version: WeightVersion
     tensors: Sequence[TensorSpec]
     base_version: WeightVersion | None = None
     partial: bool = False
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,10 @@ class WeightStore:
         async with self._lock:
             version = request.version
             _check_version(version)
+            if request.digest:
+                _check_digest(request.digest)
             if version == self.active.version:
+                self._require_same_digest(request)
                 return None
             if version.run_id == self.active.version.run_id and version.step < self.active.version.step:
                 raise SteersmanError(
@@ -161,8 +167,7 @@ class WeightStore:
         Raises WEIGHTS_INCOMPLETE (the push stays open), WEIGHT_DIGEST_MISMATCH or WEIGHT_ACTIVATION_FAILED
         (it is gone).
         """
-        if len(expected) != _DIGEST_BYTES:
-            raise invalid_field("digest", f"{len(expected)} bytes", f"{_DIGEST_BYTES} bytes")
+        _check_digest(expected)
         return await self._to_the_end(self._stage(push_id, expected))
 
     async def activate(self, version: WeightVersion, kv_cache: KvCachePolicy | None = None) -> Switch:
@@ -261,6 +266,14 @@ class WeightStore:
         self.previous, self.active = self.active, active
         _LOG.info("weights active", extra={"version": str(active.version), "digest": active.digest.hex()})
 
+    def _require_same_digest(self, request: BeginRequest) -> None:
+        if request.digest and request.digest != self.active.digest:
+            raise SteersmanError(
+                Reason.WEIGHT_VERSION_STALE,
+                f"version {request.version} is active with digest {self.active.digest.hex()}, not "
+                f"{request.digest.hex()}: other weights have taken this version; push yours as a later step or run",
+            )
+
     def _check_base(self, request: BeginRequest) -> None:
         base = request.base_version
         if request.partial and base is None:
@@ -338,6 +351,11 @@ def _check_version(version: WeightVersion) -> None:
     run_id = version.run_id
     if not 0 < len(run_id) <= _MAX_RUN_ID_CHARS or not run_id.isprintable():
         raise invalid_field("version.run_id", run_id, f"1 to {_MAX_RUN_ID_CHARS} printable characters")
+
+
+def _check_digest(digest: bytes) -> None:
+    if len(digest) != _DIGEST_BYTES:
+        raise invalid_field("digest", f"{len(digest)} bytes", f"{_DIGEST_BYTES} bytes")
 
 
 def _digest_mismatch(version: WeightVersion, found: bytes, expected: bytes) -> SteersmanError:
