@@ -106,9 +106,9 @@ def config(model: Path, prompts: Path, addresses: dict[str, str], **changes: Any
         },
         "sampling": {"max_tokens": 12, "samples_per_prompt": 2},
         "prompts_per_step": 16,
-        "total_steps": 12,
-        "optimizer": {"learning_rate": 5e-3, "schedule": "constant"},
-        "critic_optimizer": {"learning_rate": 5e-3, "schedule": "constant"},
+        "total_steps": 8,
+        "optimizer": {"learning_rate": 8e-3, "schedule": "constant"},
+        "critic_optimizer": {"learning_rate": 8e-3, "schedule": "constant"},
         "kl": {"coefficient": 0.01},
         "device": "cpu",
         "num_threads": 1,
@@ -127,7 +127,7 @@ def test_ppo_learns_through_real_services_and_survives_the_death_of_the_policy(
         """Kills the policy once, in the middle of the run, and has it started again."""
 
         def on_metrics(self, step: int, metrics: Any) -> None:
-            if step == 4:
+            if step == 3:
                 deaths.append(step)
                 supervisor["policy"].kill()
                 supervisor["policy"].start()
@@ -139,10 +139,10 @@ def test_ppo_learns_through_real_services_and_survives_the_death_of_the_policy(
     with Run(tmp_path / "run", run_id="demo", listener=Killer()) as run:
         result = run_ppo(settings, run)
 
-    assert (result.steps, result.stopped, deaths) == (12, False, [4])
+    assert (result.steps, result.stopped, deaths) == (8, False, [3])
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["episode"] for row in rows] == [32.0 * step for step in range(1, 13)]  # none lost, none doubled
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["episode"] for row in rows] == [32.0 * step for step in range(1, 9)]  # none lost, none doubled
     assert sum(row["rollout/dropped"] for row in rows) == 0
     assert any("waiting for policy at" in message for message in said)
     # vLLM and the trainer agree where the same weights drew and trained: the first batch.
