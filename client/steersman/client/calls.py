@@ -283,11 +283,15 @@ async def gather_bounded(tasks: Sequence[Callable[[], Awaitable[T]]], limit: int
         async with slots:
             return await task()
 
+    failed: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(run(task)) for task in tasks]
     except* SteersmanError as failures:
-        raise failures.exceptions[0] from None
+        failed = failures.exceptions[0]
+    # Not in the handler: before Python 3.11.4 what is raised there comes out wrapped in a group.
+    if failed is not None:
+        raise failed
     return [task.result() for task in running]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class PortInUse(OSError):
@@ -42,6 +44,47 @@ def check_port(host: str, port: int) -> None:
             raise PortInUse(f"port: cannot listen on {host}:{port}: {reason}; allowed: a free port, or 0") from None
 
 
+class Health(HealthServicer):  # type: ignore[misc]
+    """`grpc.health.v1` whose watchers hear of every change, and are let go at the end.
+
+    The library's own `Watch` would hold a stopping server for its whole grace period, and its watchers go deaf when
+    another one of the same service leaves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = asyncio.Condition()
+        self._statuses: dict[str, int] = {}
+        self._ending = False
+
+    async def set(self, service: str, status: int) -> None:
+        """Sets the status of a service and tells those who watch it."""
+        await super().set(service, status)
+        async with self._changed:
+            self._statuses[service] = status
+            self._changed.notify_all()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802
+        """Streams the status of a service, now and at every change, until the caller goes or the server ends."""
+        told: int | None = None
+        while True:
+            status = self._statuses.get(request.service, _UNKNOWN)
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            elif self._ending:
+                return
+            async with self._changed:
+                while not self._ending and self._statuses.get(request.service, _UNKNOWN) == told:
+                    await self._changed.wait()
+
+    async def end_watches(self) -> None:
+        """Ends every watch, after what it has still to tell."""
+        async with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+
+
 class RunningServer:
     """A started server. `stopped` completes when the engine died; `stop` ends the server in order."""
 
@@ -49,7 +92,7 @@ class RunningServer:
         self,
         server: grpc.aio.Server,
         service: Service,
-        health_servicer: HealthServicer,
+        health_servicer: Health,
         names: Sequence[str],
         *,
         address: str,
@@ -69,9 +112,10 @@ class RunningServer:
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch
-        await self._health.enter_graceful_shutdown()
+        await self._tell(_NOT_SERVING)
         try:
             await self._service.drain()
+            await self._health.end_watches()
             await self._server.stop(grace_seconds)
         finally:
             await self._service.close()
@@ -83,9 +127,12 @@ class RunningServer:
             if healthy != serving:
                 serving = healthy
                 logger.info("health", extra={"status": "SERVING" if healthy else "NOT_SERVING"})
-                for name in self._names:
-                    await self._health.set(name, _SERVING if healthy else _NOT_SERVING)
+                await self._tell(_SERVING if healthy else _NOT_SERVING)
             await asyncio.sleep(self._interval)
+
+    async def _tell(self, status: int) -> None:
+        for name in self._names:
+            await self._health.set(name, status)
 
     async def _look(self) -> bool:
         try:
@@ -119,7 +166,7 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
     )
     names = service.register(server)
-    health_servicer = HealthServicer()
+    health_servicer = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

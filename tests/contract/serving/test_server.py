@@ -115,6 +115,19 @@ async def test_health_follows_the_engine() -> None:
         await until(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
+async def test_a_watcher_that_leaves_does_not_deafen_the_others() -> None:
+    service = FakeService()
+    async with serving(service) as server, grpc.aio.insecure_channel(server.address) as channel:
+        await until(channel, health_pb2.HealthCheckResponse.SERVING)
+        stays, leaves = health_statuses(channel, NAME), health_statuses(channel, NAME)
+        assert await anext(stays) == await anext(leaves) == health_pb2.HealthCheckResponse.SERVING
+        await leaves.aclose()
+        # Another call after it: the server has noticed by then that the watcher left.
+        await until(channel, health_pb2.HealthCheckResponse.SERVING)
+        service.health_error = RuntimeError("engine is busy dying")
+        assert await anext(stays) == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 async def test_drain_answers_calls_in_flight_after_health_turned() -> None:
     service = FakeService()
     async with serving(service) as server, grpc.aio.insecure_channel(server.address) as channel:
@@ -123,13 +136,15 @@ async def test_drain_answers_calls_in_flight_after_health_turned() -> None:
         assert await anext(statuses) == health_pb2.HealthCheckResponse.SERVING
         pending = asyncio.create_task(call(channel))
         await service.servicer.entered.wait()
-        stop = asyncio.create_task(server.stop(10))
+        stop = asyncio.create_task(server.stop(60))
         assert await anext(statuses) == health_pb2.HealthCheckResponse.NOT_SERVING
         assert not pending.done()
         service.servicer.release.set()
         assert await pending == policy_pb2.PolicyServiceGetModelResponse()
-        await statuses.aclose()
-        await stop
+        # The watcher stays, and does not hold the server up.
+        await asyncio.wait_for(stop, 5)
+        with pytest.raises(StopAsyncIteration):
+            await anext(statuses)
     assert service.events == ["drain", "close"]
 
 

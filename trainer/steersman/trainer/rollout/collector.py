@@ -119,13 +119,17 @@ class Collector:
         batch = _Ledger(prompts, self._settings.sampling.num_samples)
         started = self.waits.clock()
         self._pool.check_all()
+        failed: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for prompt in prompts:
                     group.create_task(self._draw(prompt, batch, group))
         except* GaveUp as failures:
             # One is enough: the others wait for the same service.
-            raise failures.exceptions[0] from None
+            failed = failures.exceptions[0]
+        # Not in the handler: before Python 3.11.4 what is raised there comes out wrapped in a group.
+        if failed is not None:
+            raise failed
         return batch.close(self.waits.clock() - started)
 
     async def close(self) -> None:
