@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
-import xxhash
 
 from steersman.v1 import types_pb2, weights_pb2, weights_pb2_grpc
 from steersman.wire.convert import version_from_proto, version_to_proto
@@ -14,6 +13,9 @@ from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
 from steersman.wire.status import DETAILS_TRAILER, encode_details
 from steersman.wire.tensors import item_bytes
+from steersman.wire.weights.delta import apply_delta
+from steersman.wire.weights.digest import WeightDigest, chunk_checksum
+from steersman.wire.weights.manifest import Manifest
 
 
 @dataclass
@@ -28,9 +30,13 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
     digest: bytes = b""
     staged: tuple[WeightVersion, bytes, dict[str, bytes]] | None = None
     pushing: WeightVersion | None = None
+    max_chunk_bytes: int = 256
     largest_chunk: int = 0
+    num_dense_chunks: int = 0
+    num_delta_chunks: int = 0
     _staging: dict[str, bytearray] = field(default_factory=dict)
     _received: dict[str, int] = field(default_factory=dict)
+    _takes_deltas: bool = False
 
     async def GetWeightState(self, request, context):
         state = weights_pb2.GetWeightStateResponse(active=self._snapshot(self.active, self.digest))
@@ -42,7 +48,8 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
 
     async def BeginPush(self, request, context):
         version = version_from_proto(request.version)
-        self.events.append(f"begin {version}")
+        base = version_from_proto(request.base_version) if request.HasField("base_version") else None
+        self.events.append(f"begin {version}" + (f" from {base}" if base is not None else ""))
         await self._fault("begin", context)
         if version == self.active:
             return weights_pb2.BeginPushResponse(already_active=True)
@@ -51,12 +58,17 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         if version.run_id == self.active.run_id and version.step <= self.active.step:
             await self._fail(SteersmanError(Reason.WEIGHT_VERSION_STALE, "older than the active version"), context)
         assert request.manifest == self.manifest
+        if base is not None and base != self.active:
+            await self._fail(SteersmanError(Reason.WEIGHT_BASE_MISMATCH, f"active is {self.active}"), context)
         self.pushing = version
+        self._takes_deltas = base is not None
         self._staging = {
             spec.name: bytearray(int(np.prod(spec.shape)) * item_bytes(spec.dtype)) for spec in self.manifest.tensors
         }
+        if base is not None:
+            self._staging = {name: bytearray(data) for name, data in self.tensors.items()}
         self._received = dict.fromkeys(self._staging, 0)
-        return weights_pb2.BeginPushResponse(push_id="p1", max_chunk_bytes=256)
+        return weights_pb2.BeginPushResponse(push_id="p1", max_chunk_bytes=self.max_chunk_bytes)
 
     async def PushChunks(self, requests: AsyncIterator[weights_pb2.PushChunksRequest], context):
         num_chunks = total = 0
@@ -65,13 +77,19 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
             num_chunks += 1
             if num_chunks == 2:
                 await self._fault("push", context)
-            assert xxhash.xxh3_64_intdigest(chunk.data) == chunk.checksum
+            assert chunk_checksum(chunk.data) == chunk.checksum
             spec = self.manifest.tensors[chunk.tensor_index]
             size = item_bytes(spec.dtype)
-            assert len(chunk.data) == chunk.num_elements * size
-            start = chunk.element_offset * size
-            self._staging[spec.name][start : start + len(chunk.data)] = chunk.data
-            self._received[spec.name] += len(chunk.data)
+            start, length = chunk.element_offset * size, chunk.num_elements * size
+            span = np.frombuffer(self._staging[spec.name], np.uint8)[start : start + length]
+            if chunk.encoding == weights_pb2.WEIGHT_ENCODING_SPARSE_DELTA:
+                assert self._takes_deltas, "a delta without a base"
+                apply_delta(chunk.data, span.view(f"<u{size}"))
+                self.num_delta_chunks += 1
+            else:
+                span[:] = np.frombuffer(chunk.data, np.uint8)
+                self.num_dense_chunks += 1
+            self._received[spec.name] += length
             self.largest_chunk = max(self.largest_chunk, len(chunk.data))
             total += len(chunk.data)
         self.events.append("push")
@@ -82,10 +100,10 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         await self._fault("stage", context)
         assert self.pushing is not None
         assert {name: len(data) for name, data in self._staging.items()} == self._received
-        hasher = xxhash.xxh3_128()
+        digest = WeightDigest(Manifest.from_proto(self.manifest))
         for spec in self.manifest.tensors:
-            hasher.update(spec.name.encode() + b"\0" + bytes(self._staging[spec.name]))
-        if hasher.digest() != request.digest:
+            digest.add(spec.name, bytes(self._staging[spec.name]))
+        if digest.finish() != request.digest:
             self.pushing = None
             await self._fail(SteersmanError(Reason.WEIGHT_DIGEST_MISMATCH, "the digest differs"), context)
         self.staged = (self.pushing, request.digest, {name: bytes(data) for name, data in self._staging.items()})

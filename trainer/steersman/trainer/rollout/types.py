@@ -152,7 +152,9 @@ class Drop:
 def describe_drops(drops: Sequence[Drop], *, num_shown: int = 3) -> str:
     """What failed the samples: how many by which service for which cause, most first, then the first few in full."""
     counts = Counter((drop.service, drop.cause) for drop in drops)
-    groups = [f"{count} by {service}" + (f" ({cause})" if cause else "") for (service, cause), count in counts.most_common()]
+    groups = [
+        f"{count} by {service}" + (f" ({cause})" if cause else "") for (service, cause), count in counts.most_common()
+    ]
     shown = "; ".join(str(drop) for drop in drops[:num_shown])
     return f"{', '.join(groups)}; first: {shown}"
 

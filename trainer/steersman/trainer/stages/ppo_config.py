@@ -38,6 +38,12 @@ class ServiceSettings(_Settings):
     truncate_prompt: bool = Field(
         default=False, description="Let the reward service shorten prompts that are too long for its model."
     )
+    push_encoding: Literal["auto", "dense", "delta"] = Field(
+        default="auto",
+        description="How new weights travel to a replica that serves the version before: all of them (dense), what "
+        "changed wherever that is smaller (delta), or what changed where few elements have (auto). All but dense keep "
+        "the version before, one more copy of the weights in host memory.",
+    )
     max_in_flight: int = Field(default=256, ge=1, description="Samples under way at one policy replica.")
     call_items: int = Field(default=32, ge=1, le=1024, description="Completions in one call to reward or reference.")
     call_concurrency: int = Field(default=2, ge=1, description="Calls under way at reward, and at reference.")

@@ -285,6 +285,7 @@ class PpoLoop:
             "rollout/seconds": batch.seconds,
             "rollout/staleness_mean": float(np.mean([trained - rollout.oldest_step for rollout in batch.rollouts])),
             "push/bytes": float(report.pushed_bytes),
+            "push/delta_share": report.delta_share,
             "push/pause_seconds": report.pause_seconds,
             "push/replicas_behind": float(len(report.failures)),
         }

@@ -27,6 +27,7 @@ from steersman.trainer.rollout.adapters import GrpcPolicy, GrpcReference, GrpcRe
 from steersman.trainer.rollout.collector import Collector, CollectorSettings
 from steersman.trainer.rollout.types import Prompt, RolloutBatch, SamplingSettings
 from steersman.trainer.stages.ppo_config import PpoConfig
+from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.publisher import Publisher, PublishReport
 from steersman.wire.identity import ModelInfo
@@ -155,6 +156,7 @@ class GrpcServices:
             max_staleness=config.max_staleness,
             backoff=self._backoff,
             waits=self._waits,
+            encoding=PushEncoding(settings.push_encoding),
         )
         self._collector = Collector(
             [GrpcPolicy(client=client) for client in self._policies],
@@ -211,4 +213,5 @@ class GrpcServices:
 
     async def _close(self) -> None:
         await self._collector.close()
+        self._publisher.close()
         await self._stack.aclose()

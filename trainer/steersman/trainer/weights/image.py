@@ -11,13 +11,16 @@ layout and element type; one image serves replicas of different types.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import xxhash
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steersman.client.types import TensorSpec, WeightChunk
 from steersman.wire.identity import WeightVersion
+from steersman.wire.weights import manifest as shared
+from steersman.wire.weights.digest import WeightDigest, chunk_checksum
 
 Manifest = tuple[TensorSpec, ...]
 
@@ -59,43 +62,51 @@ class WeightImage:
                 raise ValueError(f"the trained model has {name!r}, which the replica does not serve")
 
     def digest(self, manifest: Sequence[TensorSpec]) -> bytes:
-        """XXH3-128 of all weights as `manifest` lays them out (see WeightSnapshot.digest of the protocol).
-        Remembered.
+        """The digest of all weights as `manifest` lays them out (see WeightSnapshot.digest of the protocol).
+        Remembered. Converts one tensor at a time.
         """
         key = tuple(manifest)
         with self._lock:
             if key not in self._digests:
-                state = xxhash.xxh3_128()
+                digest = WeightDigest(_shared(manifest))
                 for spec in manifest:
-                    state.update(spec.name.encode() + b"\0")
-                    for part in _parts(self._tensors[spec.name], spec, 1 << 24):
-                        state.update(_bytes(part))
-                self._digests[key] = state.digest()
+                    digest.add(spec.name, self.elements(spec))
+                self._digests[key] = digest.finish()
             return self._digests[key]
+
+    def elements(self, spec: TensorSpec) -> NDArray[Any]:
+        """All elements of one tensor in the replica's type, flat, as unsigned integers of its width. Not to be
+        written to: no copy where the types agree.
+        """
+        return _bits(self._tensors[spec.name].reshape(-1).to(getattr(torch, spec.dtype)))
 
     def chunks(self, manifest: Sequence[TensorSpec], *, max_bytes: int) -> Iterator[WeightChunk]:
         """The weights as dense chunks of at most `max_bytes`, each converted only when it is asked for."""
         for index, spec in enumerate(manifest):
-            offset = 0
-            for part in _parts(self._tensors[spec.name], spec, max_bytes):
-                data = _bytes(part)
-                yield WeightChunk(
-                    tensor_index=index,
-                    element_offset=offset,
-                    num_elements=len(part),
-                    data=data,
-                    checksum=xxhash.xxh3_64_intdigest(data),
-                )
-                offset += len(part)
+            yield from self.chunks_of(index, spec, max_bytes=max_bytes)
+
+    def chunks_of(self, index: int, spec: TensorSpec, *, max_bytes: int) -> Iterator[WeightChunk]:
+        """The chunks of one tensor, number `index` of the manifest."""
+        dtype = getattr(torch, spec.dtype)
+        step = max(1, max_bytes // dtype.itemsize)
+        flat = self._tensors[spec.name].reshape(-1)
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step]
+            data = _bits(part.to(dtype)).tobytes()
+            yield WeightChunk(
+                tensor_index=index,
+                element_offset=start,
+                num_elements=len(part),
+                data=data,
+                checksum=chunk_checksum(data),
+            )
 
 
-def _parts(tensor: Tensor, spec: TensorSpec, max_bytes: int) -> Iterator[Tensor]:
-    dtype = getattr(torch, spec.dtype)
-    step = max(1, max_bytes // dtype.itemsize)
-    flat = tensor.reshape(-1)
-    for start in range(0, len(flat), step):
-        yield flat[start : start + step].to(dtype)
+def _shared(manifest: Sequence[TensorSpec]) -> shared.Manifest:
+    specs = (shared.TensorSpec(name=spec.name, shape=spec.shape, dtype=spec.dtype) for spec in manifest)
+    return shared.Manifest(tuple(specs))
 
 
-def _bytes(part: Tensor) -> bytes:
-    return part.contiguous().view(torch.uint8).numpy().tobytes()
+def _bits(flat: Tensor) -> NDArray[Any]:
+    # By way of bytes: numpy has no bfloat16 and no 8-bit floats.
+    return flat.contiguous().view(torch.uint8).numpy().view(f"<u{flat.element_size()}")

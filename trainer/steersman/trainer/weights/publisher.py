@@ -8,7 +8,9 @@ Invariants:
 - At most one push of ours is under way at a replica.
 - A replica that fails does not hold up the others: it stays behind, and `ensure_current` repairs it before it
   gets prompts.
-- The event loop never waits for conversion or hashing: threads do that.
+- A delta goes only to a replica that says that it serves the version before, with that version's digest; after any
+  doubt about its base, all weights go. What is staged is proven by the digest of all weights either way.
+- The event loop never waits for conversion, encoding or hashing: threads do that.
 """
 
 import asyncio
@@ -16,7 +18,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -33,6 +36,7 @@ from steersman.client.types import (
 )
 from steersman.client.types import TensorSpec as TensorSpec
 from steersman.trainer.retry import Backoff, Sleep, Waits
+from steersman.trainer.weights.encode import MIN_DELTA_CHUNK_BYTES, PushEncoding, Tally, difference
 from steersman.trainer.weights.image import Manifest, WeightImage
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
@@ -43,6 +47,20 @@ _log = logging.getLogger(__name__)
 ATTEMPT_FILE: Final = "attempt.json"
 # Converted ahead of the stream: enough to keep it busy while a thread makes the next, small beside any model.
 _CHUNKS_AHEAD: Final = 4
+# Encoders release the interpreter; more would take cores from the trainer for a link that is busy already.
+_ENCODER_THREADS: Final = 2
+# Says that the delta is at fault, not the weights: all of them may still be taken.
+_DELTA_REFUSALS: Final = frozenset(
+    {
+        Reason.WEIGHT_BASE_MISMATCH,
+        Reason.WEIGHT_CHUNK_INVALID,
+        Reason.WEIGHT_DIGEST_MISMATCH,
+        Reason.WEIGHTS_INCOMPLETE,
+        Reason.UNIMPLEMENTED,
+    }
+)
+# In a row, after which a replica gets no more: an older server does not know deltas.
+_MAX_DELTA_REFUSALS: Final = 3
 # Not mended by sending the same weights again.
 _REFUSALS: Final = frozenset(
     {
@@ -66,9 +84,14 @@ class WeightPort(Protocol):
         ...
 
     async def begin(
-        self, version: WeightVersion, manifest: Sequence[TensorSpec], *, idle_timeout_seconds: float = 60.0
+        self,
+        version: WeightVersion,
+        manifest: Sequence[TensorSpec],
+        *,
+        base_version: WeightVersion | None = None,
+        idle_timeout_seconds: float = 60.0,
     ) -> Push:
-        """Opens a push."""
+        """Opens a push; deltas apply to `base_version`."""
         ...
 
     def push(self, push_id: str, chunks: AsyncIterator[WeightChunk]) -> Awaitable[PushReceipt]:
@@ -99,12 +122,14 @@ class PublishReport:
     Attributes:
         seconds: until the last replica was done or had failed.
         pushed_bytes: over all replicas.
+        delta_share: of the elements, over all replicas, that travelled as a sparse delta.
         pause_seconds: the longest time that generation stood still at one replica.
         failures: why, by address, for replicas that stayed behind.
     """
 
     seconds: float
     pushed_bytes: int = 0
+    delta_share: float = 0.0
     pause_seconds: float = 0.0
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -114,7 +139,9 @@ class _Replica:
     port: WeightPort
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     pushed_bytes: int = 0
+    tally: Tally = field(default_factory=Tally)
     pause_seconds: float = 0.0
+    num_delta_refusals: int = 0
 
 
 class Publisher:
@@ -125,6 +152,8 @@ class Publisher:
         run_id: of this attempt; unique for every start of a trainer.
         max_staleness: tokens drawn by weights of so many steps ago may still be trained on.
         push_attempts: tries of one push within `publish`.
+        encoding: how weights travel to replicas that serve the version before; but for DENSE that is kept, one more
+            copy of the weights on the host.
     """
 
     def __init__(
@@ -137,6 +166,7 @@ class Publisher:
         backoff: Backoff | None = None,
         waits: Waits | None = None,
         kv_cache: KvCachePolicy = KvCachePolicy.SERVER_DEFAULT,
+        encoding: PushEncoding = PushEncoding.AUTO,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.run_id = run_id
@@ -147,7 +177,14 @@ class Publisher:
         self._waits = waits or Waits()
         self._kv_cache = kv_cache
         self._sleep = sleep
+        self._encoding = encoding
+        self._threads = ThreadPoolExecutor(_ENCODER_THREADS, thread_name_prefix="steersman-encoder")
         self._image: WeightImage | None = None
+        self._base: WeightImage | None = None
+
+    def close(self) -> None:
+        """Ends the encoder's threads. Pushes under way fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def wanted(self) -> WeightVersion | None:
@@ -170,9 +207,10 @@ class Publisher:
         if image.version.run_id != self.run_id or (self.wanted is not None and image.version <= self.wanted):
             raise ValueError(f"version is {image.version}, must be of run {self.run_id} and after {self.wanted}")
         started = time.monotonic()
+        self._base = self._image if self._encoding is not PushEncoding.DENSE else None
         self._image = image
         for replica in self._replicas:
-            replica.pushed_bytes, replica.pause_seconds = 0, 0.0
+            replica.pushed_bytes, replica.pause_seconds, replica.tally = 0, 0.0, Tally()
         results = await asyncio.gather(
             *(self._push_patiently(number) for number in range(len(self._replicas))), return_exceptions=True
         )
@@ -183,8 +221,12 @@ class Publisher:
                 _log.warning("weights %s did not reach %s yet: %s", image.version, replica.port.target, result)
             elif isinstance(result, BaseException):
                 raise result
+        total = Tally()
+        for replica in self._replicas:
+            total.add(replica.tally)
         return PublishReport(
             seconds=time.monotonic() - started,
+            delta_share=total.delta_share,
             pushed_bytes=sum(replica.pushed_bytes for replica in self._replicas),
             pause_seconds=max((replica.pause_seconds for replica in self._replicas), default=0.0),
             failures=failures,
@@ -246,21 +288,55 @@ class Publisher:
         digest = await asyncio.to_thread(image.digest, state.manifest)
         staged = state.staged
         if staged is None or staged.version != image.version or staged.digest != digest:
-            push = await port.begin(image.version, state.manifest)
-            if push.already_active:
-                return
-            await self._transfer(replica, image, state.manifest, digest, push)
+            base = await self._base_of(replica, state)
+            if base is None or not await self._push_difference(replica, image, base, state.manifest, digest):
+                await self._push(replica, image, None, state.manifest, digest)
         activation = await port.activate(image.version, kv_cache=self._kv_cache)
         replica.pause_seconds = max(replica.pause_seconds, activation.pause_seconds)
 
-    async def _transfer(
-        self, replica: _Replica, image: WeightImage, manifest: Manifest, digest: bytes, push: Push
-    ) -> None:
-        port = replica.port
-        max_bytes = min(push.max_chunk_bytes or WEIGHT_CHUNK_BYTES, WEIGHT_CHUNK_BYTES)
+    async def _base_of(self, replica: _Replica, state: WeightState) -> WeightImage | None:
+        """The version before, if that is what the replica serves, to the bit."""
+        base = self._base
+        if base is None or replica.num_delta_refusals >= _MAX_DELTA_REFUSALS or state.active.version != base.version:
+            return None
+        same = state.active.digest == await asyncio.to_thread(base.digest, state.manifest)
+        return base if same else None
+
+    async def _push_difference(
+        self, replica: _Replica, image: WeightImage, base: WeightImage, manifest: Manifest, digest: bytes
+    ) -> bool:
+        """False if the replica will not have the difference: then it needs all weights."""
         try:
-            receipt = await port.push(push.push_id, _converted(image, manifest, max_bytes))
+            await self._push(replica, image, base, manifest, digest)
+        except SteersmanError as error:
+            if error.reason not in _DELTA_REFUSALS:
+                raise
+            replica.num_delta_refusals += 1
+            _log.warning("%s refused a delta, it gets all weights: %s", replica.port.target, error)
+            return False
+        replica.num_delta_refusals = 0
+        return True
+
+    async def _push(
+        self, replica: _Replica, image: WeightImage, base: WeightImage | None, manifest: Manifest, digest: bytes
+    ) -> None:
+        """Leaves the weights staged, or active if they were already."""
+        port = replica.port
+        push = await port.begin(image.version, manifest, base_version=base.version if base is not None else None)
+        if push.already_active:
+            return
+        max_bytes = min(push.max_chunk_bytes or WEIGHT_CHUNK_BYTES, WEIGHT_CHUNK_BYTES)
+        if base is None or max_bytes < MIN_DELTA_CHUNK_BYTES:
+            chunks = image.chunks(manifest, max_bytes=max_bytes)
+        else:
+            chunks = difference(
+                base, image, manifest, encoding=self._encoding, max_bytes=max_bytes, threads=self._threads
+            )
+        tally = Tally()
+        try:
+            receipt = await port.push(push.push_id, _made_ahead(tally.count(chunks)))
             replica.pushed_bytes += receipt.received_bytes
+            replica.tally.add(tally)
             await port.stage(push.push_id, digest)
         except BaseException:
             # Else the half push would hold the replica until its idle timeout, if it still knows of it.
@@ -268,11 +344,20 @@ class Publisher:
             raise
 
 
-async def _converted(image: WeightImage, manifest: Manifest, max_bytes: int) -> AsyncIterator[WeightChunk]:
-    chunks = image.chunks(manifest, max_bytes=max_bytes)
-    while ready := await asyncio.to_thread(lambda: list(islice(chunks, _CHUNKS_AHEAD))):
-        for chunk in ready:
-            yield chunk
+async def _made_ahead(chunks: Iterator[WeightChunk]) -> AsyncIterator[WeightChunk]:
+    """The chunks, each few made by a thread while the few before are sent."""
+
+    def some() -> list[WeightChunk]:
+        return list(islice(chunks, _CHUNKS_AHEAD))
+
+    coming = asyncio.create_task(asyncio.to_thread(some))
+    try:
+        while ready := await coming:
+            coming = asyncio.create_task(asyncio.to_thread(some))
+            for chunk in ready:
+                yield chunk
+    finally:
+        coming.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody wants it any more
 
 
 async def _abort_quietly(port: WeightPort, push_id: str) -> None:
