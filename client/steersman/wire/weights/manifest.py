@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, Self
 
 from steersman.v1 import weights_pb2
 from steersman.wire.errors import FieldViolation, Reason, SteersmanError
@@ -47,12 +47,12 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, tensors: Iterable[TensorSpec]) -> "Manifest":
+    def of(cls, tensors: Iterable[TensorSpec]) -> Self:
         """The manifest of tensors in any order."""
         return cls(tuple(sorted(tensors, key=lambda tensor: tensor.name)))
 
     @classmethod
-    def from_proto(cls, manifest: weights_pb2.WeightManifest) -> "Manifest":
+    def from_proto(cls, manifest: weights_pb2.WeightManifest) -> Self:
         """The manifest as it came, in its order. WEIGHT_MANIFEST_MISMATCH for a data type that is none."""
         tensors = []
         for spec in manifest.tensors:
