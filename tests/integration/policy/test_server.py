@@ -207,6 +207,14 @@ async def test_the_same_seed_gives_the_same_samples(channel: grpc.aio.Channel) -
     assert next_seed.tokens != first[1].tokens
 
 
+async def test_seeded_requests_survive_a_crowd_of_long_prompts(channel: grpc.aio.Channel) -> None:
+    # More prompt tokens than one engine step holds: a CPU generator could not be rewound for a prompt in parts.
+    prompts = [[1 + (index + position) % 60 for position in range(450)] for index in range(24)]
+    batches = await asyncio.gather(*(generate(channel, prompt, final=True, max_tokens=2, seed=1) for prompt in prompts))
+    assert all(len(sample.tokens) <= 2 for samples in batches for sample in samples)
+    assert len(await generate(channel, [7], max_tokens=3, ignore_eos=True)) == 1
+
+
 async def test_stop_tokens_end_a_sample(channel: grpc.aio.Channel) -> None:
     (free,) = await generate(channel, [7], max_tokens=30, temperature=0, ignore_eos=True)
     stop = free.tokens[10]
