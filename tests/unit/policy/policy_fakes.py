@@ -18,13 +18,13 @@ from steersman.policy.engine.port import (
     SampleDelta,
     WeightLoadError,
 )
-from steersman.policy.weights.manifest import Manifest, TensorSpec
+from steersman.policy.weights.manifest import HostManifest, TensorSpec
 from steersman.policy.weights.push import Chunk
 from steersman.wire.identity import ModelInfo, VersionSpan, WeightVersion
 
 VOCAB_SIZE = 50
 MAX_SEQUENCE_TOKENS = 20
-MANIFEST = Manifest.of(
+MANIFEST = HostManifest.of(
     [
         TensorSpec(name="b.weight", shape=(3, 4), dtype="float32"),
         TensorSpec(name="a.weight", shape=(5,), dtype="bfloat16"),

@@ -31,3 +31,15 @@ def test_touching_spans_merge() -> None:
 
 def test_an_empty_tensor_is_complete() -> None:
     assert Coverage(0).first_gap() is None
+
+
+@given(st.sets(st.integers(0, 19)), st.integers(0, 20), st.integers(0, 20))
+def test_what_is_discarded_may_come_again(arrived: set[int], start: int, end: int) -> None:
+    coverage = Coverage(20)
+    for element in arrived | set(range(start, end)):
+        assert coverage.add(element, element + 1)
+    coverage.discard(start, end)
+    for element in range(20):
+        expected = (element in arrived) and not start <= element < end
+        assert coverage.overlaps(element, element + 1) is expected
+    assert coverage.add(start, end)

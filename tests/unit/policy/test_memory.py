@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from policy_fakes import MANIFEST
 
-from steersman.policy.weights.manifest import Manifest, TensorSpec
+from steersman.policy.weights.manifest import HostManifest, TensorSpec
 from steersman.policy.weights.memory import HostCopy
 
 
@@ -34,6 +34,6 @@ def test_the_memory_is_gone_after_close() -> None:
 
 
 def test_too_little_memory_is_an_error() -> None:
-    huge = Manifest.of([TensorSpec(name="t", shape=(1 << 60,), dtype="float32")])
+    huge = HostManifest.of([TensorSpec(name="t", shape=(1 << 60,), dtype="float32")])
     with pytest.raises(MemoryError, match="host memory for weights"):
         HostCopy(huge)

@@ -9,6 +9,7 @@ from policy_fakes import MANIFEST, chunks, host_bytes, random_weights
 from steersman.policy.weights.push import Chunk, Phase, Push
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
+from steersman.wire.weights.chunks import Encoding
 
 WEIGHTS = random_weights(1)
 
@@ -19,7 +20,7 @@ def staging() -> bytearray:
 
 
 @pytest.fixture
-def push(staging: bytearray) -> Push:
+async def push(staging: bytearray) -> Push:
     return Push(
         push_id="p",
         version=WeightVersion(run_id="r", step=1),
@@ -30,13 +31,13 @@ def push(staging: bytearray) -> Push:
     )
 
 
-def test_chunks_in_any_order_make_the_weights(push: Push, staging: bytearray) -> None:
+async def test_chunks_in_any_order_make_the_weights(push: Push, staging: bytearray) -> None:
     shuffled = chunks(WEIGHTS)
     random.Random(0).shuffle(shuffled)
     for chunk in shuffled:
         with pytest.raises(SteersmanError):
             push.require_complete()
-        push.write(chunk)
+        await push.write(chunk)
     push.require_complete()
     assert bytes(staging) == host_bytes(WEIGHTS)
 
@@ -55,50 +56,51 @@ def second_of_b() -> Chunk:
         ({"num_elements": 0, "data": b""}, "num_elements"),
         ({"data": b"x"}, "data"),
         ({"checksum": 1}, "checksum"),
-        ({"is_dense": False}, "encoding"),
+        ({"encoding": Encoding.SPARSE_DELTA}, "encoding"),
+        ({"encoding": 0}, "encoding"),
     ],
 )
-def test_a_bad_chunk_is_named_and_leaves_no_trace(
+async def test_a_bad_chunk_is_named_and_leaves_no_trace(
     push: Push, staging: bytearray, change: dict[str, object], field: str
 ) -> None:
     good = second_of_b()
     with pytest.raises(SteersmanError) as caught:
-        push.write(dataclasses.replace(good, **change))  # type: ignore[arg-type]
+        await push.write(dataclasses.replace(good, **change))  # type: ignore[arg-type]
     assert caught.value.reason is Reason.WEIGHT_CHUNK_INVALID
     assert caught.value.violations[0].field == f"chunk.{field}"
     assert not any(staging)
-    push.write(good)  # the span is still free
+    await push.write(good)  # the span is still free
 
 
-def test_a_chunk_larger_than_allowed_is_refused(push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_chunk_larger_than_allowed_is_refused(push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("steersman.policy.weights.push.WEIGHT_CHUNK_BYTES", 15)
     with pytest.raises(SteersmanError, match="at most 15"):
-        push.write(second_of_b())
+        await push.write(second_of_b())
 
 
-def test_doubled_and_overlapping_chunks_are_refused(push: Push, staging: bytearray) -> None:
+async def test_doubled_and_overlapping_chunks_are_refused(push: Push, staging: bytearray) -> None:
     good = second_of_b()
-    push.write(good)
+    await push.write(good)
     before = bytes(staging)
     other = random_weights(2)
     for again in (good, *chunks(other, max_elements=6)[1:3]):  # [0, 6) and [6, 12) both touch [4, 8)
         with pytest.raises(SteersmanError) as caught:
-            push.write(again)
+            await push.write(again)
         assert caught.value.violations[0].field == "chunk.element_offset"
     assert bytes(staging) == before
 
 
-def test_what_is_missing_is_named(push: Push) -> None:
+async def test_what_is_missing_is_named(push: Push) -> None:
     for chunk in chunks(WEIGHTS):
         if chunk != second_of_b():
-            push.write(chunk)
+            await push.write(chunk)
     with pytest.raises(SteersmanError, match=r"element 4 of tensor 'b\.weight'") as caught:
         push.require_complete()
     assert caught.value.reason is Reason.WEIGHTS_INCOMPLETE
 
 
-def test_no_chunks_once_it_is_being_verified(push: Push) -> None:
+async def test_no_chunks_once_it_is_being_verified(push: Push) -> None:
     push.phase = Phase.VERIFYING
     with pytest.raises(SteersmanError) as caught:
-        push.write(second_of_b())
+        await push.write(second_of_b())
     assert caught.value.reason is Reason.WEIGHT_PUSH_NOT_ACTIVE

@@ -52,7 +52,7 @@ async def send(store: WeightStore, step: int, *, run_id: str = "run") -> str:
     push_id = await store.begin(announce(step, run_id))
     assert push_id is not None
     for chunk in chunks(random_weights(step)):
-        store.write(push_id, chunk)
+        await store.write(push_id, chunk)
     return push_id
 
 
@@ -180,7 +180,7 @@ async def test_chunks_renew_the_lease(store: WeightStore, monkeypatch: pytest.Mo
     monkeypatch.setattr("steersman.policy.weights.push.time.monotonic", lambda: now[0])
     for chunk in chunks(random_weights(1)):
         now[0] += 9
-        store.write(push_id, chunk)
+        await store.write(push_id, chunk)
     assert store.pushing == version(1)
 
 
@@ -189,7 +189,7 @@ async def test_the_same_run_takes_its_own_push_over(store: WeightStore) -> None:
     new = await store.begin(announce(1))
     assert new != old
     with refused(Reason.WEIGHT_PUSH_NOT_ACTIVE):
-        store.write(old, chunks(random_weights(1))[0])
+        await store.write(old, chunks(random_weights(1))[0])
     await push(store, 2)
     assert_serves(store, version(2), slow_digest(random_weights(2)))
 
@@ -206,10 +206,10 @@ async def test_incomplete_weights_are_refused_and_may_be_completed(store: Weight
     assert push_id is not None
     *most, last = chunks(random_weights(1))
     for chunk in most:
-        store.write(push_id, chunk)
+        await store.write(push_id, chunk)
     with refused(Reason.WEIGHTS_INCOMPLETE, r"c\.scale"):
         await store.stage(push_id, slow_digest(random_weights(1)))
-    store.write(push_id, last)
+    await store.write(push_id, last)
     await store.stage(push_id, slow_digest(random_weights(1)))
 
 
@@ -299,7 +299,7 @@ async def test_a_partial_push_keeps_what_it_does_not_send(store: WeightStore, en
     expected = random_weights(1) | {"c.scale": random_weights(2)["c.scale"]}
     push_id = await store.begin(announce(2, partial=True, base_version=version(1)))
     assert push_id is not None
-    store.write(push_id, chunks(random_weights(2))[-1])
+    await store.write(push_id, chunks(random_weights(2))[-1])
     await store.stage(push_id, slow_digest(expected))
     await store.activate(version(2))
     assert engine.loaded == host_bytes(expected)
@@ -319,7 +319,7 @@ async def test_a_caller_that_goes_away_does_not_stop_the_staging(store: WeightSt
     while store._push is None or store._push.phase is not Phase.VERIFYING:
         await asyncio.sleep(0)
     with refused(Reason.WEIGHT_PUSH_NOT_ACTIVE):
-        store.write(push_id, chunks(random_weights(1))[0])
+        await store.write(push_id, chunks(random_weights(1))[0])
     caller.cancel()
     await asyncio.wait([caller])
     engine.hold_stage.set()

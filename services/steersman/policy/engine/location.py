@@ -44,7 +44,7 @@ def locate(model: str, revision: str | None = None) -> Location:
 def _download(model: str, revision: str | None) -> Path:
     # Only here: a local folder needs none of it.
     import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     try:

@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
-from steersman.policy.weights.manifest import Manifest, TensorSpec
+from steersman.policy.weights.manifest import HostManifest, TensorSpec
 
 _DTYPES: Final = {
     "F64": "float64",
@@ -45,7 +45,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Reads the headers. Raises `ValueError` naming the file that is missing or malformed."""
         self._entries = {entry.spec.name: entry for file in _files(folder) for entry in _read_header(file)}
-        self.manifest = Manifest.of(entry.spec for entry in self._entries.values())
+        self.manifest = HostManifest.of(entry.spec for entry in self._entries.values())
 
     def read_into(self, copy: memoryview) -> None:
         """Fills a host copy of `manifest`. Raises `ValueError` if a file is cut short."""

@@ -1,6 +1,6 @@
 """Which elements of a tensor have arrived."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 
 class Coverage:
@@ -39,6 +39,18 @@ class Coverage:
             self._starts.insert(at, start)
             self._ends.insert(at, end)
         return True
+
+    def discard(self, start: int, end: int) -> None:
+        """Takes [start, end) away again, all of which must be there."""
+        if start >= end:
+            return
+        at = bisect_right(self._starts, start) - 1
+        assert at >= 0
+        assert end <= self._ends[at]
+        left, right = (self._starts[at], start), (end, self._ends[at])
+        kept = [span for span in (left, right) if span[0] < span[1]]
+        self._starts[at : at + 1] = [span[0] for span in kept]
+        self._ends[at : at + 1] = [span[1] for span in kept]
 
     def first_gap(self) -> int | None:
         """The first element that is not there, None if all are."""

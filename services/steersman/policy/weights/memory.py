@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from steersman.policy.engine.port import HostWeights
-from steersman.policy.weights.manifest import Manifest
+from steersman.policy.weights.manifest import HostManifest
 
 
 class HostCopy:
@@ -16,7 +16,7 @@ class HostCopy:
     counts as this process's own, and is gone when the last process that maps it ends, however it ends.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: HostManifest) -> None:
         """Takes and pre-faults the memory. Raises `MemoryError` if the host has too little."""
         if manifest.nbytes > (available := _available_bytes()):
             # The kernel would rather end some process than refuse.

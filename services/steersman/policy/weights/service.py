@@ -9,14 +9,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.metrics import PolicyMetrics
-from steersman.policy.weights.manifest import Manifest, TensorSpec
 from steersman.policy.weights.push import Chunk
 from steersman.policy.weights.store import DEFAULT_IDLE_TIMEOUT_S, BeginRequest, Snapshot, WeightStore
 from steersman.v1 import weights_pb2, weights_pb2_grpc
 from steersman.wire.convert import version_from_proto, version_to_proto
 from steersman.wire.errors import invalid_field
 from steersman.wire.limits import WEIGHT_CHUNK_BYTES
-from steersman.wire.tensors import dtype_from_name, dtype_name
+from steersman.wire.weights.manifest import Manifest
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,7 +42,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             staged=_snapshot(store.staged),
             previous=_snapshot(store.previous),
             pushing=version_to_proto(store.pushing) if store.pushing else None,
-            manifest=_manifest(store.manifest) if request.include_manifest else None,
+            manifest=store.manifest.to_proto() if request.include_manifest else None,
             total_bytes=store.manifest.total_bytes,
         )
 
@@ -66,7 +65,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             if request.push_id and request.push_id != push_id:
                 raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
             if request.HasField("chunk"):
-                self._store.write(push_id, _chunk(request.chunk))
+                await self._store.write(push_id, _chunk(request.chunk))
                 num_bytes += len(request.chunk.data)
                 num_chunks += 1
         self._metrics.received(num_bytes)
@@ -115,10 +114,7 @@ def _begin_request(request: weights_pb2.BeginPushRequest) -> BeginRequest:
     has_timeout = request.HasField("idle_timeout")
     return BeginRequest(
         version=version_from_proto(request.version),
-        tensors=[
-            TensorSpec(name=tensor.name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
-            for tensor in request.manifest.tensors
-        ],
+        tensors=Manifest.from_proto(request.manifest).tensors,
         base_version=version_from_proto(request.base_version) if request.HasField("base_version") else None,
         partial=request.partial,
         digest=request.digest,
@@ -133,16 +129,7 @@ def _chunk(chunk: weights_pb2.WeightChunk) -> Chunk:
         num_elements=chunk.num_elements,
         data=chunk.data,
         checksum=chunk.checksum,
-        is_dense=chunk.encoding == weights_pb2.WEIGHT_ENCODING_DENSE,
-    )
-
-
-def _manifest(manifest: Manifest) -> weights_pb2.WeightManifest:
-    return weights_pb2.WeightManifest(
-        tensors=[
-            weights_pb2.TensorSpec(name=tensor.name, shape=tensor.shape, dtype=dtype_from_name(tensor.dtype))
-            for tensor in manifest.tensors
-        ]
+        encoding=chunk.encoding,
     )
 
 

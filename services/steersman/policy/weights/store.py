@@ -24,12 +24,15 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+import numpy as np
+
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine, KvCachePolicy, WeightLoadError
-from steersman.policy.weights.manifest import Manifest, TensorSpec, digest
+from steersman.policy.weights.manifest import HostManifest, TensorSpec, digest
 from steersman.policy.weights.memory import HostCopy
 from steersman.policy.weights.push import Chunk, Phase, Push
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
 from steersman.wire.identity import WeightVersion
+from steersman.wire.weights.digest import DIGEST_BYTES
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +40,6 @@ DEFAULT_IDLE_TIMEOUT_S: Final = 60.0
 MIN_IDLE_TIMEOUT_S: Final = 1.0
 MAX_IDLE_TIMEOUT_S: Final = 3600.0
 _MAX_RUN_ID_CHARS: Final = 128
-_DIGEST_BYTES: Final = 16
 
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ T = TypeVar("T")
 class WeightSource(Protocol):
     """Where the weights of start-up come from (`checkpoint.Checkpoint`)."""
 
-    manifest: Manifest
+    manifest: HostManifest
 
     def read_into(self, copy: memoryview) -> None:
         """Fills a host copy."""
@@ -153,13 +155,14 @@ class WeightStore:
                 idle_timeout_s=request.idle_timeout_s,
                 manifest=self.manifest,
                 staging=self._staging.bytes,
+                base=self._serving.bytes if request.base_version is not None else None,
             )
             _LOG.info("push begun", extra={"version": str(version), "push_id": self._push.push_id})
             return self._push.push_id
 
-    def write(self, push_id: str, chunk: Chunk) -> None:
+    async def write(self, push_id: str, chunk: Chunk) -> None:
         """Puts a chunk into the staging copy. Raises WEIGHT_PUSH_NOT_ACTIVE or WEIGHT_CHUNK_INVALID."""
-        self._require(push_id).write(chunk)
+        await self._require(push_id).write(chunk)
 
     async def stage(self, push_id: str, expected: bytes) -> Snapshot:
         """Verifies the complete weights and prepares them in the engine. Staging twice changes nothing.
@@ -195,7 +198,9 @@ class WeightStore:
         """Waits for what is under way and gives the host memory back."""
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self._push = None
+        push, self._push = self._push, None
+        if push is not None:
+            await push.settle()
         self._serving.close()
         self._staging.close()
 
@@ -203,6 +208,7 @@ class WeightStore:
         async with self._lock:
             push = self._require(push_id)
             if push.phase is not Phase.STAGED:
+                await push.settle()
                 push.require_complete()
                 push.phase = Phase.VERIFYING
                 try:
@@ -315,6 +321,7 @@ class WeightStore:
         push, self._push = self._push, None
         if push is not None:
             _LOG.info("push dropped", extra={"version": str(push.version), "push_id": push.push_id})
+            await push.settle()
             try:
                 await self._engine.discard_staged()
             except (WeightLoadError, EngineDeadError):
@@ -354,8 +361,8 @@ def _check_version(version: WeightVersion) -> None:
 
 
 def _check_digest(digest: bytes) -> None:
-    if len(digest) != _DIGEST_BYTES:
-        raise invalid_field("digest", f"{len(digest)} bytes", f"{_DIGEST_BYTES} bytes")
+    if len(digest) != DIGEST_BYTES:
+        raise invalid_field("digest", f"{len(digest)} bytes", f"{DIGEST_BYTES} bytes")
 
 
 def _digest_mismatch(version: WeightVersion, found: bytes, expected: bytes) -> SteersmanError:
@@ -366,4 +373,5 @@ def _digest_mismatch(version: WeightVersion, found: bytes, expected: bytes) -> S
 
 
 def _copy(source: memoryview, target: memoryview) -> None:
-    target[:] = source
+    # numpy gives the interpreter to others meanwhile; a slice assignment would hold up the event loop.
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
