@@ -183,6 +183,15 @@ async def test_a_resumed_trainer_makes_the_same_step_again_under_another_run_id(
             await client.close()
 
 
+async def test_other_weights_under_our_version_are_not_taken_for_ours() -> None:
+    one = service()
+    async with fleet(one) as (publisher, _):
+        await publisher.publish(image(seed=1, step=0))
+        one.digest = bytes(16)
+        with pytest.raises(WeightsRefused, match=r"serves other weights as demo\.1@0 \(digest 0{32}"):
+            await publisher.ensure_current(0)
+
+
 async def test_another_model_is_refused_before_anything_is_sent() -> None:
     other = FakeWeightService(manifest({"embed.weight": ((50, 9), "FLOAT32")}))
     async with fleet(other) as (publisher, _):

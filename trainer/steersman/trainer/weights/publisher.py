@@ -8,6 +8,7 @@ Invariants:
 - At most one push of ours is under way at a replica.
 - A replica that fails does not hold up the others: it stays behind, and `ensure_current` repairs it before it
   gets prompts.
+- What a replica serves is ours only if its digest is, whatever it calls the version.
 - A delta goes only to a replica that says that it serves the version before, with that version's digest; after any
   doubt about its base, all weights go. What is staged is proven by the digest of all weights either way.
 - The event loop never waits for conversion, encoding or hashing: threads do that.
@@ -279,13 +280,14 @@ class Publisher:
         """One look at the replica, and one push if it needs one."""
         port = replica.port
         state = await port.state(include_manifest=True)
-        if state.active.version == image.version:
-            return
         try:
             image.check(state.manifest)
         except ValueError as error:
             raise WeightsRefused(f"{port.target} serves another model: {error}") from error
         digest = await asyncio.to_thread(image.digest, state.manifest)
+        if state.active.version == image.version:
+            _require_ours(port.target, state.active, digest)
+            return
         staged = state.staged
         if staged is None or staged.version != image.version or staged.digest != digest:
             base = await self._base_of(replica, state)
@@ -293,6 +295,7 @@ class Publisher:
                 await self._push(replica, image, None, state.manifest, digest)
         activation = await port.activate(image.version, kv_cache=self._kv_cache)
         replica.pause_seconds = max(replica.pause_seconds, activation.pause_seconds)
+        _require_ours(port.target, activation.active, digest)
 
     async def _base_of(self, replica: _Replica, state: WeightState) -> WeightImage | None:
         """The version before, if that is what the replica serves, to the bit."""
@@ -342,6 +345,14 @@ class Publisher:
             # Else the half push would hold the replica until its idle timeout, if it still knows of it.
             await _abort_quietly(port, push.push_id)
             raise
+
+
+def _require_ours(target: str, active: WeightSnapshot, digest: bytes) -> None:
+    if active.digest != digest:
+        raise WeightsRefused(
+            f"{target} serves other weights as {active.version} (digest {active.digest.hex()}, must be "
+            f"{digest.hex()}): another trainer pushes under this run id"
+        )
 
 
 async def _made_ahead(chunks: Iterator[WeightChunk]) -> AsyncIterator[WeightChunk]:
