@@ -103,6 +103,7 @@ def config(model: Path, prompts: Path, addresses: dict[str, str], **changes: Any
             "reference": addresses["reference"],
             "reward": addresses["reward"],
             "give_up_seconds": 120,
+            "push_encoding": "delta",
         },
         "sampling": {"max_tokens": 12, "samples_per_prompt": 2},
         "prompts_per_step": 16,
@@ -144,6 +145,9 @@ def test_ppo_learns_through_real_services_and_survives_the_death_of_the_policy(
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert [row["episode"] for row in rows] == [32.0 * step for step in range(1, 9)]  # none lost, none doubled
     assert sum(row["rollout/dropped"] for row in rows) == 0
+    # Only what changed travelled, from the first update on, and again after the policy had come back.
+    assert rows[0]["push/delta_share"] > 0.9
+    assert rows[-1]["push/delta_share"] > 0.9
     assert any("waiting for policy at" in message for message in said)
     # vLLM and the trainer agree where the same weights drew and trained: the first batch.
     assert rows[0]["mismatch/logprob_abs_max"] < 1e-4
