@@ -1,7 +1,6 @@
 """The command line of the pipeline: arguments, the run folder, interruption, the report."""
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -54,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, _interrupt)
-    # Several processes share the cores: threads that wait for each other by spinning would take them away.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     directory = new_directory((arguments.output or ROOT / "runs" / config.name).resolve())
     console = Console()
     console.say(f"{config.title}; everything goes to {directory}")

@@ -36,6 +36,8 @@ _MAX_LINE_BYTES: Final = 64 * 1024
 _POLL_SECONDS: Final = 0.1
 # A service that has just begun to listen should be noticed at once.
 _HEALTH_SETTINGS: Final = ChannelSettings(max_reconnect_seconds=0.25)
+# Processes that share cores must sleep while they wait for work: OpenMP threads that spin take the others' time.
+_SHARED_CORES: Final = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # The death signal follows the *thread* that started a process. This one lives as long as the interpreter.
 _spawner: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steersman-spawner")
@@ -155,7 +157,7 @@ class ServiceProcess:
         self._lines.clear()
         self._asked_to_end = False
         command = [sys.executable, tether.__file__, str(os.getpid()), *self.spec.command]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self.spec.environment)
+        environment = _SHARED_CORES | os.environ | {"PYTHONUNBUFFERED": "1"} | dict(self.spec.environment)
         try:
             self._process = _spawner.submit(
                 subprocess.Popen,
