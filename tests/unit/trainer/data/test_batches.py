@@ -40,6 +40,18 @@ def test_micro_batches_hold_every_item_once_within_the_budget(items, token_budge
         assert padded <= token_budget or len(group) == 1
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(0, 60))
+def test_micro_batches_pad_no_more_than_allowed(lengths, max_padding):
+    groups = micro_batches(lengths, token_budget=10_000, max_padding=max_padding)
+    assert sorted(item for group in groups for item in group) == list(range(len(lengths)))
+    for group, following in zip(groups, [*groups[1:], []], strict=True):
+        longest = lengths[group[0]]
+        padding = sum(longest - lengths[i] for i in group)
+        assert padding <= max_padding
+        # No group is closed too soon.
+        assert not following or padding + longest - lengths[following[0]] > max_padding
+
+
 def test_micro_batches_put_like_lengths_together():
     assert micro_batches([3, 90, 4, 100], token_budget=200) == [[3, 1], [2, 0]]
     assert micro_batches([], token_budget=1) == []

@@ -25,7 +25,7 @@ from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
 from steersman.trainer.algorithm.losses import kl_loss, policy_loss, value_loss
 from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
 from steersman.trainer.checkpoint.models import hidden_states, lm_head, score_head
-from steersman.trainer.data.batches import micro_batches
+from steersman.trainer.data.batches import micro_batches, worthwhile_padding
 from steersman.trainer.rollout.types import Rollout
 from steersman.trainer.stages.optim import apply_update, build_optimizer
 from steersman.trainer.stages.placement import place
@@ -242,7 +242,8 @@ class PpoLearner:
 
     def _micros(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[_Micro]:
         lengths = [rollouts[row].num_tokens for row in rows]
-        for group in micro_batches(lengths, token_budget=self._config.micro_batch_tokens):
+        worth = worthwhile_padding(self._placement.device)
+        for group in micro_batches(lengths, token_budget=self._config.micro_batch_tokens, max_padding=worth):
             yield self._micro(rollouts, [rows[item] for item in group])
 
     def _micro(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> _Micro:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steersman.trainer.algorithm.losses import LossOutput, RankedPairs, bradley_terry_loss, ranked_pairs
 from steersman.trainer.algorithm.metrics import MetricSums, wilson_interval
 from steersman.trainer.checkpoint.models import adopt_special_tokens, load_scalar_head, sequence_scores
-from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad
+from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad, worthwhile_padding
 from steersman.trainer.data.encode import Encoder, Example
 from steersman.trainer.data.load import load_comparisons
 from steersman.trainer.data.records import Comparison
@@ -189,7 +189,10 @@ class _RewardModelTask:
         """Micro-batches of whole comparisons: the responses of one are always scored together."""
         lengths = [max(example.num_tokens for example in c.examples) for c in comparisons]
         rows = [len(c.examples) for c in comparisons]
-        for numbers in micro_batches(lengths, token_budget=self.config.micro_batch_tokens, rows=rows):
+        worth = worthwhile_padding(self.placement.device)
+        for numbers in micro_batches(
+            lengths, token_budget=self.config.micro_batch_tokens, rows=rows, max_padding=worth
+        ):
             group = [comparisons[n] for n in numbers]
             examples = [example for c in group for example in c.examples]
             batch = pad([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id=self.pad_id)

@@ -13,7 +13,7 @@ from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, most_like
 from steersman.trainer.algorithm.losses import token_nll_loss
 from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.models import hidden_states, lm_head, load_actor
-from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad
+from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad, worthwhile_padding
 from steersman.trainer.data.encode import Example
 from steersman.trainer.data.load import load_demonstrations
 from steersman.trainer.stages.placement import Placement, place
@@ -104,7 +104,8 @@ class _SftTask:
 
     def _batches(self, examples: list[Example]) -> Iterator[PaddedBatch]:
         lengths = [example.num_tokens for example in examples]
-        for group in micro_batches(lengths, token_budget=self.micro_batch_tokens):
+        worth = worthwhile_padding(self.placement.device)
+        for group in micro_batches(lengths, token_budget=self.micro_batch_tokens, max_padding=worth):
             chosen = [examples[n] for n in group]
             batch = pad([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id=self.pad_id)
             yield batch.to(self.placement.device)
