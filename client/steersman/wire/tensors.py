@@ -39,6 +39,10 @@ _RAW: Final = {
     types_pb2.DATA_TYPE_FLOAT8_E4M3,
     types_pb2.DATA_TYPE_FLOAT8_E5M2,
 }
+MAX_DIMENSIONS: Final = 16
+# A message holds less than 2 GiB.
+_MAX_ELEMENTS: Final = 2**31
+
 _PROTO_OF: Final = {dtype: value for value, dtype in _NUMPY_OF.items() if value not in _RAW}
 
 # Names as torch and safetensors write them, for code that moves tensors numpy cannot represent.
@@ -98,8 +102,11 @@ def from_tensor(tensor: types_pb2.Tensor, field: str, dtype: DTypeLike | None = 
     if dtype is not None and (found != np.dtype(dtype) or tensor.dtype in _RAW):
         raise invalid_field(f"{field}.dtype", dtype_name(tensor.dtype), str(np.dtype(dtype)))
     shape = tuple(tensor.shape)
-    if any(size < 0 for size in shape):
-        raise invalid_field(f"{field}.shape", list(shape), "sizes of at least 0")
+    if len(shape) > MAX_DIMENSIONS:
+        raise invalid_field(f"{field}.shape", f"{len(shape)} dimensions", f"at most {MAX_DIMENSIONS} dimensions")
+    # Even an empty tensor: numpy cannot make an array whose sizes other than 0 multiply to more than it can address.
+    if any(size < 0 for size in shape) or math.prod(size for size in shape if size) > _MAX_ELEMENTS:
+        raise invalid_field(f"{field}.shape", list(shape), f"sizes of at least 0, at most {_MAX_ELEMENTS} elements")
     expected = math.prod(shape) * found.itemsize
     if len(tensor.data) != expected:
         raise invalid_field(f"{field}.data", f"{len(tensor.data)} bytes", f"{expected} bytes for shape {list(shape)}")
@@ -122,7 +129,7 @@ def from_ragged(ragged: types_pb2.RaggedTensor, field: str, dtype: DTypeLike) ->
     offsets = from_tensor(ragged.offsets, f"{field}.offsets", np.int32)
     if offsets.ndim != 1 or offsets.size == 0:
         raise invalid_field(f"{field}.offsets.shape", list(offsets.shape), "[num_rows + 1]")
-    if offsets[0] != 0 or offsets[-1] != values.size or bool(np.any(np.diff(offsets) < 0)):
+    if offsets[0] != 0 or offsets[-1] != values.size or bool(np.any(offsets[1:] < offsets[:-1])):
         allowed = f"ascending from 0 to {values.size}, the number of values"
         raise invalid_field(f"{field}.offsets", offsets.tolist(), allowed)
     bounds = offsets.tolist()

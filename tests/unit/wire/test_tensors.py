@@ -53,6 +53,9 @@ def test_bfloat16_travels_raw() -> None:
         (types_pb2.Tensor(shape=[1], data=b"0000"), "x.dtype"),
         (types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_INT32, shape=[2], data=b"0000"), "x.data"),
         (types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_INT32, shape=[-1], data=b"0000"), "x.shape"),
+        (types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_INT32, shape=[1] * 100, data=b"0000"), "x.shape"),
+        (types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_INT32, shape=[2**62] * 1000, data=b"0000"), "x.shape"),
+        (types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_INT32, shape=[0, 2**62, 2**62]), "x.shape"),
         (types_pb2.Tensor(dtype=types_pb2.DATA_TYPE_FLOAT32, shape=[1], data=b"0000"), "x.dtype"),
     ],
 )
@@ -63,7 +66,7 @@ def test_malformed_tensors_are_named(tensor: types_pb2.Tensor, field: str) -> No
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-@pytest.mark.parametrize("offsets", [[], [1, 3], [0, 2], [0, 2, 1, 3], [0, 4, 3]])
+@pytest.mark.parametrize("offsets", [[], [1, 3], [0, 2], [0, 2, 1, 3], [0, 4, 3], [0, 2**31 - 1, -(2**31), -1, 3]])
 def test_malformed_offsets_are_named(offsets: list[int]) -> None:
     values = to_tensor(np.arange(3, dtype=np.int32))
     ragged = types_pb2.RaggedTensor(values=values, offsets=to_tensor(np.array(offsets, np.int32)))
