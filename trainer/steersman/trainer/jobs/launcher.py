@@ -177,6 +177,8 @@ def _environment(resources: JobResources) -> Mapping[str, str]:
     environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
     # Services share the cores; threads that wait by spinning would slow all of them down, many times over.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Bars drawn over each other make a log unreadable.
+    environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if resources.cpus_per_process > 0:
         environment["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus_per_process)))
     return environment
