@@ -94,12 +94,35 @@ CODE_OF: Final[dict[Reason, Code]] = {
 }
 
 
+# An error travels in a trailer, and peers refuse trailers beyond 8 KiB (percent-encoding triples some). The names and
+# values of a request that an error repeats are as long as the caller likes.
+MAX_MESSAGE_BYTES: Final = 1000
+MAX_VIOLATIONS: Final = 8
+_MAX_FIELD_BYTES: Final = 100
+_MAX_DESCRIPTION_BYTES: Final = 300
+
+
+def _shorten(text: str, limit: int, *, keep: str = "") -> str:
+    """The text in at most `limit` bytes of UTF-8, and without control characters (but those of `keep`): it goes into
+    logs and onto terminals.
+    """
+    text = text[: limit + 1]
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() or char in keep else "?" for char in text)
+    raw = text.encode(errors="replace")
+    return text if len(raw) <= limit else raw[: limit - 3].decode(errors="ignore") + "..."
+
+
 @dataclass(frozen=True, kw_only=True)
 class FieldViolation:
-    """One bad field: its path (`sampling.temperature`), and its value with what is allowed."""
+    """One bad field: its path (`sampling.temperature`), and its value with what is allowed. Both are shortened."""
 
     field: str
     description: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "field", _shorten(self.field, _MAX_FIELD_BYTES))
+        object.__setattr__(self, "description", _shorten(self.description, _MAX_DESCRIPTION_BYTES))
 
 
 class SteersmanError(Exception):
@@ -122,11 +145,12 @@ class SteersmanError(Exception):
         violations: Sequence[FieldViolation] = (),
         retry_after_seconds: float | None = None,
     ) -> None:
+        message = _shorten(message, MAX_MESSAGE_BYTES, keep="\n")
         super().__init__(message)
         self.reason = reason
         self.code = code if code is not None else CODE_OF[reason] if reason is not None else Code.UNKNOWN
         self.message = message
-        self.violations = tuple(violations)
+        self.violations = tuple(violations)[:MAX_VIOLATIONS]
         self.retry_after_seconds = retry_after_seconds
 
     def __str__(self) -> str:

@@ -66,3 +66,17 @@ def test_long_values_are_shortened() -> None:
     error = invalid_field("prompt", "x" * 1000, "at most 10 characters")
     assert len(error.message) < 150
     assert error.message.startswith("prompt is 'xxx")
+
+
+def test_errors_fit_into_a_trailer() -> None:
+    huge = "\u4e2d" * 100_000
+    violations = [FieldViolation(field=huge, description=huge)] * 3000
+    error = SteersmanError(Reason.NOT_FOUND, f"no scorer is called {huge}", violations=violations)
+    assert 3 * len(error.message.encode()) + len(encode_details(error)) < 8 * 1024
+
+
+def test_control_characters_do_not_reach_logs_or_terminals() -> None:
+    error = SteersmanError(
+        Reason.INVALID_FIELD, "a\x1b[31m\0", violations=[FieldViolation(field="a\x1b", description="")]
+    )
+    assert (error.message, error.violations[0].field) == ("a?[31m?", "a?")
