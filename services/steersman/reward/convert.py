@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
-from google.protobuf import json_format, struct_pb2
+from google.protobuf import duration_pb2, json_format, struct_pb2
 from numpy.typing import NDArray
 
 from steersman.reward.handler import StreamPart
@@ -41,15 +41,15 @@ def request_from_proto(request: reward_pb2.ScoreRequest) -> tuple[list[ScoreItem
 
 
 def items_from_proto(items: Iterable[reward_pb2.ScoreItem]) -> list[ScoreItem]:
-    """The items of a request."""
+    """The items of a request. Raises INVALID_FIELD for a context or timeout that has no meaning."""
     return [
         ScoreItem(
             id=item.id,
             content=_content(item),
-            context=_context(item.context) if item.HasField("context") else _NO_CONTEXT,
-            timeout_s=item.timeout.ToTimedelta().total_seconds() if item.HasField("timeout") else None,
+            context=_context(item.context, f"items[{index}].context") if item.HasField("context") else _NO_CONTEXT,
+            timeout_s=_timeout(item.timeout, f"items[{index}].timeout") if item.HasField("timeout") else None,
         )
-        for item in items
+        for index, item in enumerate(items)
     ]
 
 
@@ -129,5 +129,15 @@ def _ids(message: types_pb2.TokenIds) -> NDArray[np.int32]:
     return np.array(message.ids[:], np.int32)
 
 
-def _context(message: struct_pb2.Struct) -> Mapping[str, Any]:
-    return json_format.MessageToDict(message)
+def _context(message: struct_pb2.Struct, field: str) -> Mapping[str, Any]:
+    try:
+        return json_format.MessageToDict(message)
+    except json_format.SerializeToJsonError as error:
+        raise invalid_field(field, "a number that is not finite", "what JSON can say") from error
+
+
+def _timeout(message: duration_pb2.Duration, field: str) -> float:
+    try:
+        return message.ToTimedelta().total_seconds()
+    except (OverflowError, ValueError) as error:
+        raise invalid_field(field, f"{message.seconds} s", "a Duration of at most 10,000 years") from error

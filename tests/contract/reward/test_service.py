@@ -242,6 +242,22 @@ async def test_a_model_that_gives_nan_fails_its_items():
     ("request_message", "code", "reason", "field"),
     [
         (reward_pb2.ScoreRequest(), "INVALID_ARGUMENT", "INVALID_FIELD", "items"),
+        (
+            reward_pb2.ScoreRequest(
+                items=[
+                    text("a", "b", context=struct_pb2.Struct(fields={"a": struct_pb2.Value(number_value=float("nan"))}))
+                ]
+            ),
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "items[0].context",
+        ),
+        (
+            reward_pb2.ScoreRequest(items=[text("a", "b", timeout=duration_pb2.Duration(seconds=2**62))]),
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "items[0].timeout",
+        ),
         (reward_pb2.ScoreRequest(items=[text("a", "b")] * 1025), "INVALID_ARGUMENT", "REQUEST_TOO_LARGE", "items"),
         (
             reward_pb2.ScoreRequest(items=[text("a", "b")], options=reward_pb2.ScoreOptions(scorer="x")),

@@ -24,13 +24,18 @@ _STATE_OF = {int(trainer_pb2.JobState.Value(f"JOB_STATE_{state.name}")): state f
 
 
 def spec_from_proto(message: trainer_pb2.JobSpec) -> JobSpec:
-    """The spec of a request. Errors: INVALID_FIELD for an unspecified or unknown kind."""
+    """The spec of a request. Errors: INVALID_FIELD for an unspecified or unknown kind, or a config with
+    numbers that are not finite."""
     if message.kind not in _KIND_OF:
         raise invalid_field("spec.kind", message.kind, ", ".join(f"JOB_KIND_{kind.name}" for kind in JobKind))
     resources = message.resources
+    try:
+        config = json_format.MessageToDict(message.config)
+    except json_format.SerializeToJsonError as error:
+        raise invalid_field("spec.config", "a number that is not finite", "what JSON can say") from error
     return JobSpec(
         kind=_KIND_OF[message.kind],
-        config=_whole_numbers(json_format.MessageToDict(message.config)),
+        config=_whole_numbers(config),
         resources=JobResources(
             num_processes=resources.num_processes,
             gpus_per_process=resources.gpus_per_process,
