@@ -132,7 +132,7 @@ def _ids(message: types_pb2.TokenIds) -> NDArray[np.int32]:
 def _context(message: struct_pb2.Struct, field: str) -> Mapping[str, Any]:
     try:
         return json_format.MessageToDict(message)
-    except json_format.SerializeToJsonError as error:
+    except (ValueError, json_format.SerializeToJsonError) as error:
         raise invalid_field(field, "a number that is not finite", "what JSON can say") from error
 
 

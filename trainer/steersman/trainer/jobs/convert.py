@@ -31,7 +31,7 @@ def spec_from_proto(message: trainer_pb2.JobSpec) -> JobSpec:
     resources = message.resources
     try:
         config = json_format.MessageToDict(message.config)
-    except json_format.SerializeToJsonError as error:
+    except (ValueError, json_format.SerializeToJsonError) as error:
         raise invalid_field("spec.config", "a number that is not finite", "what JSON can say") from error
     return JobSpec(
         kind=_KIND_OF[message.kind],
