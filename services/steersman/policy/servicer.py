@@ -10,6 +10,7 @@ from steersman.policy.engine.port import FinishReason, GenerationRequest, Sample
 from steersman.policy.handler import GenerateCall, GenerationHandler
 from steersman.v1 import policy_pb2, policy_pb2_grpc, types_pb2
 from steersman.wire.convert import model_to_proto, span_to_proto
+from steersman.wire.errors import invalid_field
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -59,6 +60,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
 def _call(request: policy_pb2.GenerateRequest) -> GenerateCall:
     sampling, prompt = request.sampling, request.WhichOneof("prompt")
+    if request.output_mode not in policy_pb2.OutputMode.values():
+        raise invalid_field("output_mode", request.output_mode, "an OutputMode")
 
     def given(name: str) -> Any:
         return getattr(sampling, name) if sampling.HasField(name) else None  # type: ignore[arg-type]

@@ -291,14 +291,38 @@ async def test_a_broken_stream_leaves_the_old_weights(harness: Harness) -> None:
     for message in chunk_messages(push_id, 1)[:3]:
         await call.write(message)
     call.cancel()
+    # The push ends with its sender, not with its lease: whoever comes next need not wait.
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await harness.state()).HasField("pushing"):
+            await asyncio.sleep(0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await harness.weights.Stage(
             weights_pb2.StageRequest(push_id=push_id, digest=slow_digest(random_weights(1))),
             timeout=TIMEOUT_S,
         )
-    assert public(caught.value).reason is Reason.WEIGHTS_INCOMPLETE
+    assert public(caught.value).reason is Reason.WEIGHT_PUSH_NOT_ACTIVE
     assert (await harness.state()).active == before.active
-    await harness.push(2)
+    assert await harness.begin(1, run_id="another")
+
+
+async def test_unknown_enum_values_are_refused(harness: Harness) -> None:
+    request = policy_pb2.GenerateRequest(text="a", output_mode=77)  # type: ignore[arg-type]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await harness.policy.Generate(request, timeout=TIMEOUT_S).read()
+    assert [violation.field for violation in public(caught.value).violations] == ["output_mode"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await harness.weights.Activate(weights_pb2.ActivateRequest(kv_cache_policy=9), timeout=TIMEOUT_S)  # type: ignore[arg-type]
+    assert [violation.field for violation in public(caught.value).violations] == ["kv_cache_policy"]
+
+
+async def test_a_lease_beyond_all_measure_is_refused(harness: Harness) -> None:
+    request = weights_pb2.BeginPushRequest(
+        version=types_pb2.WeightVersion(run_id="run", step=1), manifest=manifest_message()
+    )
+    request.idle_timeout.seconds = 2**62
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await harness.weights.BeginPush(request, timeout=TIMEOUT_S)
+    assert [violation.field for violation in public(caught.value).violations] == ["idle_timeout"]
 
 
 async def test_two_streams_share_a_push(harness: Harness) -> None:

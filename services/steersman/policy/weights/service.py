@@ -1,5 +1,6 @@
 """WeightService: converts, calls the store, converts."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -19,7 +20,8 @@ from steersman.wire.weights.manifest import Manifest
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_KV_POLICIES: Final = {
+_KV_POLICIES: Final[dict[int, KvCachePolicy | None]] = {
+    weights_pb2.KV_CACHE_POLICY_UNSPECIFIED: None,
     weights_pb2.KV_CACHE_POLICY_KEEP: KvCachePolicy.KEEP,
     weights_pb2.KV_CACHE_POLICY_RECOMPUTE: KvCachePolicy.RECOMPUTE,
 }
@@ -58,16 +60,20 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     async def PushChunks(  # noqa: N802
         self, request_iterator: AsyncIterator[weights_pb2.PushChunksRequest], context: Context
     ) -> weights_pb2.PushChunksResponse:
-        """Takes one stream of chunks."""
+        """Takes one stream of chunks. A sender that goes in mid-stream takes its push with it."""
         push_id, num_bytes, num_chunks = "", 0, 0
-        async for request in request_iterator:
-            push_id = push_id or request.push_id
-            if request.push_id and request.push_id != push_id:
-                raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
-            if request.HasField("chunk"):
-                await self._store.write(push_id, _chunk(request.chunk))
-                num_bytes += len(request.chunk.data)
-                num_chunks += 1
+        try:
+            async for request in request_iterator:
+                push_id = push_id or request.push_id
+                if request.push_id and request.push_id != push_id:
+                    raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
+                if request.HasField("chunk"):
+                    await self._store.write(push_id, _chunk(request.chunk))
+                    num_bytes += len(request.chunk.data)
+                    num_chunks += 1
+        except asyncio.CancelledError:
+            self._store.sender_gone(push_id)
+            raise
         self._metrics.received(num_bytes)
         return weights_pb2.PushChunksResponse(received_bytes=num_bytes, num_chunks=num_chunks)
 
@@ -82,9 +88,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self, request: weights_pb2.ActivateRequest, context: Context
     ) -> weights_pb2.ActivateResponse:
         """Switches to the staged weights."""
-        switch = await self._store.activate(
-            version_from_proto(request.version), _KV_POLICIES.get(request.kv_cache_policy)
-        )
+        switch = await self._store.activate(version_from_proto(request.version), _kv_policy(request.kv_cache_policy))
         self._metrics.switched(switch)
         return weights_pb2.ActivateResponse(
             active=_snapshot(switch.active),
@@ -96,9 +100,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self, request: weights_pb2.RollbackRequest, context: Context
     ) -> weights_pb2.RollbackResponse:
         """Switches to the weights before."""
-        switch = await self._store.rollback(
-            version_from_proto(request.version), _KV_POLICIES.get(request.kv_cache_policy)
-        )
+        switch = await self._store.rollback(version_from_proto(request.version), _kv_policy(request.kv_cache_policy))
         self._metrics.switched(switch)
         return weights_pb2.RollbackResponse(active=_snapshot(switch.active), pause=_duration(switch.pause_s))
 
@@ -111,15 +113,25 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
 
 
 def _begin_request(request: weights_pb2.BeginPushRequest) -> BeginRequest:
-    has_timeout = request.HasField("idle_timeout")
     return BeginRequest(
         version=version_from_proto(request.version),
         tensors=Manifest.from_proto(request.manifest).tensors,
         base_version=version_from_proto(request.base_version) if request.HasField("base_version") else None,
         partial=request.partial,
         digest=request.digest,
-        idle_timeout_s=(request.idle_timeout.ToTimedelta().total_seconds() if has_timeout else DEFAULT_IDLE_TIMEOUT_S),
+        idle_timeout_s=_seconds(request.idle_timeout) if request.HasField("idle_timeout") else DEFAULT_IDLE_TIMEOUT_S,
     )
+
+
+def _seconds(duration: Duration) -> float:
+    # Not ToTimedelta: it overflows where the range check is still to come.
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _kv_policy(value: int) -> KvCachePolicy | None:
+    if value not in _KV_POLICIES:
+        raise invalid_field("kv_cache_policy", value, "a KvCachePolicy")
+    return _KV_POLICIES[value]
 
 
 def _chunk(chunk: weights_pb2.WeightChunk) -> Chunk:

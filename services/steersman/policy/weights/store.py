@@ -194,6 +194,19 @@ class WeightStore:
             self._require(push_id)
             await self._drop()
 
+    def sender_gone(self, push_id: str) -> None:
+        """Gives up a push whose stream broke: what was still to come will not, and the replica is free at once."""
+
+        async def give_up() -> None:
+            async with self._lock:
+                push = self._current()
+                if push is not None and push.push_id == push_id and push.phase is Phase.RECEIVING:
+                    await self._drop()
+
+        task = asyncio.create_task(give_up())
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
     async def close(self) -> None:
         """Waits for what is under way and gives the host memory back."""
         if self._tasks:

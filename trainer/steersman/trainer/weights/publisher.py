@@ -62,6 +62,8 @@ _DELTA_REFUSALS: Final = frozenset(
 )
 # In a row, after which a replica gets no more: an older server does not know deltas.
 _MAX_DELTA_REFUSALS: Final = 3
+# A trainer that is killed between two calls holds a replica for so long; between chunks pass milliseconds.
+_LEASE_SECONDS: Final = 20.0
 # Not mended by sending the same weights again.
 _REFUSALS: Final = frozenset(
     {
@@ -325,7 +327,12 @@ class Publisher:
     ) -> None:
         """Leaves the weights staged, or active if they were already."""
         port = replica.port
-        push = await port.begin(image.version, manifest, base_version=base.version if base is not None else None)
+        push = await port.begin(
+            image.version,
+            manifest,
+            base_version=base.version if base is not None else None,
+            idle_timeout_seconds=_LEASE_SECONDS,
+        )
         if push.already_active:
             return
         max_bytes = min(push.max_chunk_bytes or WEIGHT_CHUNK_BYTES, WEIGHT_CHUNK_BYTES)
