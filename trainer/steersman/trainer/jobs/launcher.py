@@ -58,7 +58,7 @@ class Launcher(Protocol):
 class LocalLauncher:
     """Workers as processes of this machine."""
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "steersman.trainer.jobs.worker")) -> None:
+    def __init__(self, command: Sequence[str] = (sys.executable, "-P", "-m", "steersman.trainer.jobs.worker")) -> None:
         self._command = tuple(command)
         # Those that this service started: it alone can learn how they ended.
         self._children: dict[int, subprocess.Popen[bytes]] = {}

@@ -16,7 +16,7 @@ from steersman.trainer.jobs.registry import STAGES, Stages
 from steersman.wire.errors import FieldViolation, Reason, SteersmanError
 
 # Importing torch from a cold disk takes tens of seconds.
-TIMEOUT_SECONDS: Final = 120.0
+TIMEOUT_SECONDS: Final = 50.0
 
 CONFIG_PATH: Final = "spec.config"
 
@@ -31,7 +31,9 @@ class Validator(Protocol):
 class ProcessValidator:
     """Checks each config in a short-lived process."""
 
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "steersman.trainer.jobs.validation")) -> None:
+    def __init__(
+        self, command: Sequence[str] = (sys.executable, "-P", "-m", "steersman.trainer.jobs.validation")
+    ) -> None:
         self._command = tuple(command)
 
     async def check(self, kind: JobKind, config: Mapping[str, Any]) -> None:
