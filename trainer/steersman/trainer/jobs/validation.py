@@ -15,7 +15,7 @@ from steersman.trainer.jobs.model import JobKind
 from steersman.trainer.jobs.registry import STAGES, Stages
 from steersman.wire.errors import FieldViolation, Reason, SteersmanError
 
-# Importing torch from a cold disk takes tens of seconds.
+# Importing torch from a cold disk takes tens of seconds; callers of CreateJob wait for a minute.
 TIMEOUT_SECONDS: Final = 50.0
 
 CONFIG_PATH: Final = "spec.config"
