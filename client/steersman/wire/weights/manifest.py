@@ -4,13 +4,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Self
+from typing import Self
 
 from steersman.v1 import weights_pb2
-from steersman.wire.errors import FieldViolation, Reason, SteersmanError
+from steersman.wire.errors import MAX_VIOLATIONS, FieldViolation, Reason, SteersmanError
 from steersman.wire.tensors import dtype_from_name, dtype_name, item_bytes
-
-_MAX_VIOLATIONS: Final = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class Manifest:
     def require_same(self, offered: Sequence[TensorSpec]) -> None:
         """Checks that `offered` are these tensors, in this order.
 
-        Raises WEIGHT_MANIFEST_MISMATCH naming up to ten tensors that are missing, unknown, doubled or different.
+        Raises WEIGHT_MANIFEST_MISMATCH naming the first tensors that are missing, unknown, doubled or different.
         """
         if tuple(offered) == self.tensors:
             return
@@ -102,7 +100,7 @@ class Manifest:
 
 
 def _mismatch(faults: list[tuple[str, str]]) -> SteersmanError:
-    violations = [FieldViolation(field=f"manifest.{name}", description=text) for name, text in faults[:_MAX_VIOLATIONS]]
+    violations = [FieldViolation(field=f"manifest.{name}", description=text) for name, text in faults[:MAX_VIOLATIONS]]
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     message = f"manifest.{faults[0][0]} {faults[0][1]}{more}"
     return SteersmanError(Reason.WEIGHT_MANIFEST_MISMATCH, message, violations=violations)
