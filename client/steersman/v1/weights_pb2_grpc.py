@@ -102,7 +102,7 @@ class WeightServiceServicer(object):
 
     def PushChunks(self, request_iterator, context):
         """Carries chunks into the staging copy. Several streams may run side by side (a sharded trainer); a chunk belongs to
-        exactly one of them. Errors: FAILED_PRECONDITION (WEIGHT_PUSH_NOT_ACTIVE), INVALID_ARGUMENT (WEIGHT_CHUNK_INVALID).
+        exactly one of them. A stream that breaks ends its push: what it had still to send will not come. Errors: FAILED_PRECONDITION (WEIGHT_PUSH_NOT_ACTIVE), INVALID_ARGUMENT (WEIGHT_CHUNK_INVALID).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
