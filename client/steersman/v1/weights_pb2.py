@@ -27,17 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from steersman.v1 import types_pb2 as steersman_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteersman/v1/weights.proto\x12\x0csteersman.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18steersman/v1/types.proto\"P\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.steersman.v1.DataType\";\n\x0eWeightManifest\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.steersman.v1.TensorSpec\"\x81\x01\n\x0eWeightSnapshot\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x31\n\ractivate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"1\n\x15GetWeightStateRequest\x12\x18\n\x10include_manifest\x18\x01 \x01(\x08\"\x97\x02\n\x16GetWeightStateResponse\x12,\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12,\n\x06staged\x18\x02 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12.\n\x08previous\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12,\n\x07pushing\x18\x04 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12.\n\x08manifest\x18\x05 \x01(\x0b\x32\x1c.steersman.v1.WeightManifest\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\"\xf5\x01\n\x10\x42\x65ginPushRequest\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x31\n\x0c\x62\x61se_version\x18\x02 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12.\n\x08manifest\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.WeightManifest\x12\x0f\n\x07partial\x18\x04 \x01(\x08\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\"U\n\x11\x42\x65ginPushResponse\x12\x0f\n\x07push_id\x18\x01 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x61lready_active\x18\x03 \x01(\x08\"\xa1\x01\n\x0bWeightChunk\x12\x14\n\x0ctensor_index\x18\x01 \x01(\r\x12\x16\n\x0e\x65lement_offset\x18\x02 \x01(\x04\x12\x14\n\x0cnum_elements\x18\x03 \x01(\x04\x12.\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32\x1c.steersman.v1.WeightEncoding\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\"N\n\x11PushChunksRequest\x12\x0f\n\x07push_id\x18\x01 \x01(\t\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.steersman.v1.WeightChunk\"@\n\x12PushChunksResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nnum_chunks\x18\x02 \x01(\x03\"/\n\x0cStageRequest\x12\x0f\n\x07push_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"=\n\rStageResponse\x12,\n\x06staged\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\"u\n\x0f\x41\x63tivateRequest\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x34\n\x0fkv_cache_policy\x18\x02 \x01(\x0e\x32\x1b.steersman.v1.KvCachePolicy\"\x88\x01\n\x10\x41\x63tivateResponse\x12,\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14num_running_requests\x18\x03 \x01(\x05\"u\n\x0fRollbackRequest\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x34\n\x0fkv_cache_policy\x18\x02 \x01(\x0e\x32\x1b.steersman.v1.KvCachePolicy\"j\n\x10RollbackResponse\x12,\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\x10\x41\x62ortPushRequest\x12\x0f\n\x07push_id\x18\x01 \x01(\t\"\x13\n\x11\x41\x62ortPushResponse*n\n\x0eWeightEncoding\x12\x1f\n\x1bWEIGHT_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15WEIGHT_ENCODING_DENSE\x10\x01\x12 \n\x1cWEIGHT_ENCODING_SPARSE_DELTA\x10\x02*i\n\rKvCachePolicy\x12\x1f\n\x1bKV_CACHE_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14KV_CACHE_POLICY_KEEP\x10\x01\x12\x1d\n\x19KV_CACHE_POLICY_RECOMPUTE\x10\x02\x32\xb3\x04\n\rWeightService\x12[\n\x0eGetWeightState\x12#.steersman.v1.GetWeightStateRequest\x1a$.steersman.v1.GetWeightStateResponse\x12L\n\tBeginPush\x12\x1e.steersman.v1.BeginPushRequest\x1a\x1f.steersman.v1.BeginPushResponse\x12Q\n\nPushChunks\x12\x1f.steersman.v1.PushChunksRequest\x1a .steersman.v1.PushChunksResponse(\x01\x12@\n\x05Stage\x12\x1a.steersman.v1.StageRequest\x1a\x1b.steersman.v1.StageResponse\x12I\n\x08\x41\x63tivate\x12\x1d.steersman.v1.ActivateRequest\x1a\x1e.steersman.v1.ActivateResponse\x12I\n\x08Rollback\x12\x1d.steersman.v1.RollbackRequest\x1a\x1e.steersman.v1.RollbackResponse\x12L\n\tAbortPush\x12\x1e.steersman.v1.AbortPushRequest\x1a\x1f.steersman.v1.AbortPushResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteersman/v1/weights.proto\x12\x0csteersman.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18steersman/v1/types.proto\"P\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.steersman.v1.DataType\";\n\x0eWeightManifest\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.steersman.v1.TensorSpec\"\x81\x01\n\x0eWeightSnapshot\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x31\n\ractivate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"1\n\x15GetWeightStateRequest\x12\x18\n\x10include_manifest\x18\x01 \x01(\x08\"\x97\x02\n\x16GetWeightStateResponse\x12,\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12,\n\x06staged\x18\x02 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12.\n\x08previous\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12,\n\x07pushing\x18\x04 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12.\n\x08manifest\x18\x05 \x01(\x0b\x32\x1c.steersman.v1.WeightManifest\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\"\xf5\x01\n\x10\x42\x65ginPushRequest\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x31\n\x0c\x62\x61se_version\x18\x02 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12.\n\x08manifest\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.WeightManifest\x12\x0f\n\x07partial\x18\x04 \x01(\x08\x12/\n\x0cidle_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\"U\n\x11\x42\x65ginPushResponse\x12\x0f\n\x07push_id\x18\x01 \x01(\t\x12\x17\n\x0fmax_chunk_bytes\x18\x02 \x01(\x03\x12\x16\n\x0e\x61lready_active\x18\x03 \x01(\x08\"\xa1\x01\n\x0bWeightChunk\x12\x14\n\x0ctensor_index\x18\x01 \x01(\r\x12\x16\n\x0e\x65lement_offset\x18\x02 \x01(\x04\x12\x14\n\x0cnum_elements\x18\x03 \x01(\x04\x12.\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32\x1c.steersman.v1.WeightEncoding\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\"Q\n\x08RelayHop\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0f\n\x07push_id\x18\x02 \x01(\t\x12$\n\x04next\x18\x03 \x03(\x0b\x32\x16.steersman.v1.RelayHop\"u\n\x11PushChunksRequest\x12\x0f\n\x07push_id\x18\x01 \x01(\t\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.steersman.v1.WeightChunk\x12%\n\x05relay\x18\x03 \x03(\x0b\x32\x16.steersman.v1.RelayHop\"t\n\x0cRelayReceipt\x12\x0e\n\x06target\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x18.steersman.v1.ItemStatus\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x03\x12\x12\n\nnum_chunks\x18\x04 \x01(\x03\"m\n\x12PushChunksResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nnum_chunks\x18\x02 \x01(\x03\x12+\n\x07relayed\x18\x03 \x03(\x0b\x32\x1a.steersman.v1.RelayReceipt\"/\n\x0cStageRequest\x12\x0f\n\x07push_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"=\n\rStageResponse\x12,\n\x06staged\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\"u\n\x0f\x41\x63tivateRequest\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x34\n\x0fkv_cache_policy\x18\x02 \x01(\x0e\x32\x1b.steersman.v1.KvCachePolicy\"\x88\x01\n\x10\x41\x63tivateResponse\x12,\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14num_running_requests\x18\x03 \x01(\x05\"u\n\x0fRollbackRequest\x12,\n\x07version\x18\x01 \x01(\x0b\x32\x1b.steersman.v1.WeightVersion\x12\x34\n\x0fkv_cache_policy\x18\x02 \x01(\x0e\x32\x1b.steersman.v1.KvCachePolicy\"j\n\x10RollbackResponse\x12,\n\x06\x61\x63tive\x18\x01 \x01(\x0b\x32\x1c.steersman.v1.WeightSnapshot\x12(\n\x05pause\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\x10\x41\x62ortPushRequest\x12\x0f\n\x07push_id\x18\x01 \x01(\t\"\x13\n\x11\x41\x62ortPushResponse*n\n\x0eWeightEncoding\x12\x1f\n\x1bWEIGHT_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15WEIGHT_ENCODING_DENSE\x10\x01\x12 \n\x1cWEIGHT_ENCODING_SPARSE_DELTA\x10\x02*i\n\rKvCachePolicy\x12\x1f\n\x1bKV_CACHE_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14KV_CACHE_POLICY_KEEP\x10\x01\x12\x1d\n\x19KV_CACHE_POLICY_RECOMPUTE\x10\x02\x32\xb3\x04\n\rWeightService\x12[\n\x0eGetWeightState\x12#.steersman.v1.GetWeightStateRequest\x1a$.steersman.v1.GetWeightStateResponse\x12L\n\tBeginPush\x12\x1e.steersman.v1.BeginPushRequest\x1a\x1f.steersman.v1.BeginPushResponse\x12Q\n\nPushChunks\x12\x1f.steersman.v1.PushChunksRequest\x1a .steersman.v1.PushChunksResponse(\x01\x12@\n\x05Stage\x12\x1a.steersman.v1.StageRequest\x1a\x1b.steersman.v1.StageResponse\x12I\n\x08\x41\x63tivate\x12\x1d.steersman.v1.ActivateRequest\x1a\x1e.steersman.v1.ActivateResponse\x12I\n\x08Rollback\x12\x1d.steersman.v1.RollbackRequest\x1a\x1e.steersman.v1.RollbackResponse\x12L\n\tAbortPush\x12\x1e.steersman.v1.AbortPushRequest\x1a\x1f.steersman.v1.AbortPushResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTENCODING']._serialized_start=2043
-  _globals['_WEIGHTENCODING']._serialized_end=2153
-  _globals['_KVCACHEPOLICY']._serialized_start=2155
-  _globals['_KVCACHEPOLICY']._serialized_end=2260
+  _globals['_WEIGHTENCODING']._serialized_start=2328
+  _globals['_WEIGHTENCODING']._serialized_end=2438
+  _globals['_KVCACHEPOLICY']._serialized_start=2440
+  _globals['_KVCACHEPOLICY']._serialized_end=2545
   _globals['_TENSORSPEC']._serialized_start=135
   _globals['_TENSORSPEC']._serialized_end=215
   _globals['_WEIGHTMANIFEST']._serialized_start=217
@@ -54,26 +54,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BEGINPUSHRESPONSE']._serialized_end=1076
   _globals['_WEIGHTCHUNK']._serialized_start=1079
   _globals['_WEIGHTCHUNK']._serialized_end=1240
-  _globals['_PUSHCHUNKSREQUEST']._serialized_start=1242
-  _globals['_PUSHCHUNKSREQUEST']._serialized_end=1320
-  _globals['_PUSHCHUNKSRESPONSE']._serialized_start=1322
-  _globals['_PUSHCHUNKSRESPONSE']._serialized_end=1386
-  _globals['_STAGEREQUEST']._serialized_start=1388
-  _globals['_STAGEREQUEST']._serialized_end=1435
-  _globals['_STAGERESPONSE']._serialized_start=1437
-  _globals['_STAGERESPONSE']._serialized_end=1498
-  _globals['_ACTIVATEREQUEST']._serialized_start=1500
-  _globals['_ACTIVATEREQUEST']._serialized_end=1617
-  _globals['_ACTIVATERESPONSE']._serialized_start=1620
-  _globals['_ACTIVATERESPONSE']._serialized_end=1756
-  _globals['_ROLLBACKREQUEST']._serialized_start=1758
-  _globals['_ROLLBACKREQUEST']._serialized_end=1875
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1877
-  _globals['_ROLLBACKRESPONSE']._serialized_end=1983
-  _globals['_ABORTPUSHREQUEST']._serialized_start=1985
-  _globals['_ABORTPUSHREQUEST']._serialized_end=2020
-  _globals['_ABORTPUSHRESPONSE']._serialized_start=2022
-  _globals['_ABORTPUSHRESPONSE']._serialized_end=2041
-  _globals['_WEIGHTSERVICE']._serialized_start=2263
-  _globals['_WEIGHTSERVICE']._serialized_end=2826
+  _globals['_RELAYHOP']._serialized_start=1242
+  _globals['_RELAYHOP']._serialized_end=1323
+  _globals['_PUSHCHUNKSREQUEST']._serialized_start=1325
+  _globals['_PUSHCHUNKSREQUEST']._serialized_end=1442
+  _globals['_RELAYRECEIPT']._serialized_start=1444
+  _globals['_RELAYRECEIPT']._serialized_end=1560
+  _globals['_PUSHCHUNKSRESPONSE']._serialized_start=1562
+  _globals['_PUSHCHUNKSRESPONSE']._serialized_end=1671
+  _globals['_STAGEREQUEST']._serialized_start=1673
+  _globals['_STAGEREQUEST']._serialized_end=1720
+  _globals['_STAGERESPONSE']._serialized_start=1722
+  _globals['_STAGERESPONSE']._serialized_end=1783
+  _globals['_ACTIVATEREQUEST']._serialized_start=1785
+  _globals['_ACTIVATEREQUEST']._serialized_end=1902
+  _globals['_ACTIVATERESPONSE']._serialized_start=1905
+  _globals['_ACTIVATERESPONSE']._serialized_end=2041
+  _globals['_ROLLBACKREQUEST']._serialized_start=2043
+  _globals['_ROLLBACKREQUEST']._serialized_end=2160
+  _globals['_ROLLBACKRESPONSE']._serialized_start=2162
+  _globals['_ROLLBACKRESPONSE']._serialized_end=2268
+  _globals['_ABORTPUSHREQUEST']._serialized_start=2270
+  _globals['_ABORTPUSHREQUEST']._serialized_end=2305
+  _globals['_ABORTPUSHRESPONSE']._serialized_start=2307
+  _globals['_ABORTPUSHRESPONSE']._serialized_end=2326
+  _globals['_WEIGHTSERVICE']._serialized_start=2548
+  _globals['_WEIGHTSERVICE']._serialized_end=3111
 # @@protoc_insertion_point(module_scope)

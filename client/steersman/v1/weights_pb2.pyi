@@ -120,21 +120,47 @@ class WeightChunk(_message.Message):
     checksum: int
     def __init__(self, tensor_index: _Optional[int] = ..., element_offset: _Optional[int] = ..., num_elements: _Optional[int] = ..., encoding: _Optional[_Union[WeightEncoding, str]] = ..., data: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
+class RelayHop(_message.Message):
+    __slots__ = ("target", "push_id", "next")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    PUSH_ID_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    push_id: str
+    next: _containers.RepeatedCompositeFieldContainer[RelayHop]
+    def __init__(self, target: _Optional[str] = ..., push_id: _Optional[str] = ..., next: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ...) -> None: ...
+
 class PushChunksRequest(_message.Message):
-    __slots__ = ("push_id", "chunk")
+    __slots__ = ("push_id", "chunk", "relay")
     PUSH_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    RELAY_FIELD_NUMBER: _ClassVar[int]
     push_id: str
     chunk: WeightChunk
-    def __init__(self, push_id: _Optional[str] = ..., chunk: _Optional[_Union[WeightChunk, _Mapping]] = ...) -> None: ...
+    relay: _containers.RepeatedCompositeFieldContainer[RelayHop]
+    def __init__(self, push_id: _Optional[str] = ..., chunk: _Optional[_Union[WeightChunk, _Mapping]] = ..., relay: _Optional[_Iterable[_Union[RelayHop, _Mapping]]] = ...) -> None: ...
 
-class PushChunksResponse(_message.Message):
-    __slots__ = ("received_bytes", "num_chunks")
+class RelayReceipt(_message.Message):
+    __slots__ = ("target", "status", "received_bytes", "num_chunks")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    status: _types_pb2.ItemStatus
     received_bytes: int
     num_chunks: int
-    def __init__(self, received_bytes: _Optional[int] = ..., num_chunks: _Optional[int] = ...) -> None: ...
+    def __init__(self, target: _Optional[str] = ..., status: _Optional[_Union[_types_pb2.ItemStatus, _Mapping]] = ..., received_bytes: _Optional[int] = ..., num_chunks: _Optional[int] = ...) -> None: ...
+
+class PushChunksResponse(_message.Message):
+    __slots__ = ("received_bytes", "num_chunks", "relayed")
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    RELAYED_FIELD_NUMBER: _ClassVar[int]
+    received_bytes: int
+    num_chunks: int
+    relayed: _containers.RepeatedCompositeFieldContainer[RelayReceipt]
+    def __init__(self, received_bytes: _Optional[int] = ..., num_chunks: _Optional[int] = ..., relayed: _Optional[_Iterable[_Union[RelayReceipt, _Mapping]]] = ...) -> None: ...
 
 class StageRequest(_message.Message):
     __slots__ = ("push_id", "digest")

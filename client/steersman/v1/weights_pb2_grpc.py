@@ -101,8 +101,12 @@ class WeightServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PushChunks(self, request_iterator, context):
-        """Carries chunks into the staging copy. Several streams may run side by side (a sharded trainer); a chunk belongs to
-        exactly one of them. A stream that breaks ends its push: what it had still to send will not come. Errors: FAILED_PRECONDITION (WEIGHT_PUSH_NOT_ACTIVE), INVALID_ARGUMENT (WEIGHT_CHUNK_INVALID).
+        """Carries chunks into the staging copy, and onward if asked to. Several streams may run side by side (a sharded
+        trainer); a chunk belongs to exactly one of them. A stream that breaks ends its push, and those that it was passed on
+        to: what it had still to send will not come. A link onward that breaks or stands still is given up, told in the
+        response, and does no harm to the stream. Errors: FAILED_PRECONDITION (WEIGHT_PUSH_NOT_ACTIVE), INVALID_ARGUMENT
+        (WEIGHT_CHUNK_INVALID; INVALID_FIELD for a bad route), PERMISSION_DENIED (the server does not relay, or not to such a
+        target).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
