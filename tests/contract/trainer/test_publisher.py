@@ -218,19 +218,20 @@ async def _until_current(publisher: Publisher, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "staleness", "accepted"),
+    ("version", "oldest_step", "accepted"),
     [
-        (WeightVersion(run_id=RUN, step=5), 0, True),
-        (WeightVersion(run_id=RUN, step=4), 0, False),
-        (WeightVersion(run_id=RUN, step=4), 1, True),
-        (WeightVersion(run_id=RUN, step=3), 1, False),
-        (WeightVersion(run_id=RUN, step=6), 1, False),
-        (WeightVersion(run_id="demo.2", step=5), 1, False),
-        (WeightVersion(), 1, False),
+        (WeightVersion(run_id=RUN, step=5), 5, True),
+        (WeightVersion(run_id=RUN, step=4), 5, False),
+        (WeightVersion(run_id=RUN, step=4), 4, True),
+        (WeightVersion(run_id=RUN, step=3), 4, False),
+        (WeightVersion(run_id=RUN, step=5), 7, False),
+        (WeightVersion(run_id=RUN, step=6), 4, False),
+        (WeightVersion(run_id="demo.2", step=5), 4, False),
+        (WeightVersion(), 0, False),
     ],
 )
-async def test_which_weights_may_be_trained_on(version: WeightVersion, staleness: int, accepted: bool) -> None:
-    publisher = Publisher([], run_id=RUN, max_staleness=staleness)
-    assert not publisher.accepts(version.run_id, version.step)
+async def test_which_weights_may_be_trained_on(version: WeightVersion, oldest_step: int, accepted: bool) -> None:
+    publisher = Publisher([], run_id=RUN)
+    assert not publisher.accepts(version.run_id, version.step, oldest_step=oldest_step)
     await publisher.publish(image(seed=1, step=5))
-    assert publisher.accepts(version.run_id, version.step) is accepted
+    assert publisher.accepts(version.run_id, version.step, oldest_step=oldest_step) is accepted

@@ -70,7 +70,6 @@ class FakeGate:
     alive: Callable[[int], bool] = lambda _: True
     repair: Callable[[int], None] = lambda _: None
     events: list[str] = field(default_factory=list)
-    oldest: int = 0
     newest: int = 0
 
     async def ensure_current(self, replica: int) -> None:
@@ -80,8 +79,8 @@ class FakeGate:
         self.repair(replica)
         self.events.append(f"policy-{replica} current")
 
-    def accepts(self, run_id: str, step: int) -> bool:
-        return run_id == RUN and self.oldest <= step <= self.newest
+    def accepts(self, run_id: str, step: int, *, oldest_step: int) -> bool:
+        return run_id == RUN and oldest_step <= step <= self.newest
 
 
 @dataclass

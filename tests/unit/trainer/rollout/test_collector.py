@@ -31,9 +31,9 @@ def collector(policies=None, reward=None, reference=None, gate=None, *, num_samp
     )
 
 
-async def collect(made: Collector, count: int = 4) -> RolloutBatch:
+async def collect(made: Collector, count: int = 4, **request: int) -> RolloutBatch:
     try:
-        return await asyncio.wait_for(made.collect(fakes.prompts(count)), 20)
+        return await asyncio.wait_for(made.collect(fakes.prompts(count), **request), 20)
     finally:
         await made.close()
 
@@ -123,11 +123,11 @@ async def test_samples_of_other_weights_are_drawn_again_after_a_repair() -> None
         if gate.events:
             policy.step = 3
 
-    gate = fakes.FakeGate(repair=repair, oldest=3, newest=3)
-    batch = await collect(collector([policy], gate=gate), count=2)
+    gate = fakes.FakeGate(repair=repair, newest=3)
+    batch = await collect(collector([policy], gate=gate), count=2, oldest_step=3)
     assert keys(batch) == all_keys(2)
-    assert {rollout.oldest_step for rollout in batch.rollouts} == {3}
-    assert batch.num_resent == 4
+    assert {step for rollout in batch.rollouts for step in rollout.token_steps} == {3}
+    assert (batch.num_resent, batch.num_stale) == (4, 4)
 
 
 async def test_samples_that_the_engine_gave_up_are_drawn_again_and_at_last_dropped() -> None:

@@ -43,6 +43,7 @@ class GrpcPolicy:
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
             ignore_eos=sampling.ignore_eos,
+            priority=sampling.priority,
             top_p=1.0,
             top_k=0,
         )

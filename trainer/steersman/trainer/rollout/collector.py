@@ -6,8 +6,8 @@ Invariants:
   and reference log-probs, or once in `RolloutBatch.drops` with the reason. None is lost, none is doubled,
   none gets a made-up score.
 - A completion goes to reward and reference the moment it ends, while its siblings are still being drawn.
-- A completion is kept only if the weights that drew it may be trained on (`VersionGate.accepts`) and the
-  engine did not cut it off; else it is drawn again, and counted.
+- A completion is kept only if each of its tokens was drawn by weights that may be trained on when its batch is
+  (`VersionGate.accepts`) and the engine did not cut it off; else it is drawn again, and counted.
 - A failing replica costs only the samples that it had not finished.
 """
 
@@ -33,6 +33,7 @@ from steersman.trainer.rollout.types import (
     Rollout,
     RolloutBatch,
     SamplingSettings,
+    token_steps,
 )
 from steersman.wire.errors import SteersmanError
 
@@ -112,11 +113,14 @@ class Collector:
             sleep=sleep,
         )
 
-    async def collect(self, prompts: Sequence[Prompt]) -> RolloutBatch:
-        """All samples of `prompts`, whole or dropped. Raises GaveUp if a service stayed away for longer than
-        the settings allow.
+    async def collect(self, prompts: Sequence[Prompt], *, oldest_step: int = 0, priority: int = 0) -> RolloutBatch:
+        """All samples of `prompts`, whole or dropped, every token drawn by weights of `oldest_step` or later.
+
+        Of several batches under way the engine serves the one with the lowest `priority` first. Raises GaveUp if a
+        service stayed away for longer than the settings allow.
         """
-        batch = _Ledger(prompts, self._settings.sampling.num_samples)
+        sampling = replace(self._settings.sampling, priority=priority)
+        batch = _Ledger(prompts, sampling, oldest_step)
         started = self.waits.clock()
         self._pool.check_all()
         failed: BaseException | None = None
@@ -140,7 +144,7 @@ class Collector:
 
     async def _draw(self, prompt: Prompt, batch: "_Ledger", group: asyncio.TaskGroup) -> None:
         """Draws the samples of one prompt, from as many replicas as it takes."""
-        missing = list(range(self._settings.sampling.num_samples))
+        missing = list(range(batch.sampling.num_samples))
         num_unusable: Counter[int] = Counter()
         failing_since: float | None = None
         attempt = 0
@@ -149,11 +153,12 @@ class Collector:
             async with self._pool.lease(len(missing)) as (replica, epoch):
                 unusable: list[int] = []
                 try:
-                    async for slot, sample in self._samples(replica, prompt, list(missing)):
-                        if problem := self._problem(sample):
+                    async for slot, sample in _samples(replica, prompt, list(missing), batch.sampling):
+                        if problem := self._problem(sample, batch.oldest_step):
                             _log.warning("%s: drawing a sample again: %s", replica.port.target, problem)
                             unusable.append(slot)
                             if problem is _OTHER_WEIGHTS:
+                                batch.num_stale += 1
                                 self._pool.failed(replica, epoch)
                             continue
                         missing.remove(slot)
@@ -179,18 +184,6 @@ class Collector:
             if missing:
                 await self._sleep(self._settings.backoff.delay(attempt))
                 attempt += 1
-
-    async def _samples(
-        self, replica: Replica, prompt: Prompt, slots: Sequence[int]
-    ) -> AsyncIterator[tuple[int, Sample]]:
-        """Samples from one replica with the slot that each fills, as they end."""
-        sampling = replace(self._settings.sampling, num_samples=len(slots))
-        samples = replica.port.samples(prompt, sampling)
-        try:
-            async for sample in samples:
-                yield slots[sample.index], sample
-        finally:
-            await samples.aclose()
 
     async def _complete(self, completion: Completion, batch: "_Ledger") -> None:
         """Has one completion scored by both services at once."""
@@ -225,18 +218,32 @@ class Collector:
             )
         )
 
-    def _problem(self, sample: Sample) -> str:
+    def _problem(self, sample: Sample, oldest_step: int) -> str:
         """Why a sample cannot be used and must be drawn again; empty if it can."""
         if sample.finish_reason is FinishReason.ABORTED:
             return "the engine gave it up"
         if not len(sample.token_ids) or len(sample.token_ids) != len(sample.logprobs):
             return f"{len(sample.token_ids)} tokens with {len(sample.logprobs)} log-probs"
+        try:
+            token_steps(sample.weight_versions, len(sample.token_ids))
+        except ValueError as error:
+            return str(error)
         versions = [span.version for span in sample.weight_versions]
-        if not versions and sample.model is not None:
-            versions = [sample.model.weight_version]
-        if not all(self._gate.accepts(version.run_id, version.step) for version in versions):
+        if not all(self._gate.accepts(version.run_id, version.step, oldest_step=oldest_step) for version in versions):
             return _OTHER_WEIGHTS
         return ""
+
+
+async def _samples(
+    replica: Replica, prompt: Prompt, slots: Sequence[int], sampling: SamplingSettings
+) -> AsyncIterator[tuple[int, Sample]]:
+    """Samples from one replica with the slot that each fills, as they end."""
+    samples = replica.port.samples(prompt, replace(sampling, num_samples=len(slots)))
+    try:
+        async for sample in samples:
+            yield slots[sample.index], sample
+    finally:
+        await samples.aclose()
 
 
 def _completion(prompt: Prompt, slot: int, sample: Sample) -> Completion:
@@ -253,13 +260,16 @@ def _completion(prompt: Prompt, slot: int, sample: Sample) -> Completion:
 class _Ledger:
     """Where each sample of a batch ended. Refuses a second entry, and a close before the last."""
 
-    def __init__(self, prompts: Sequence[Prompt], num_samples: int) -> None:
-        self._open = {(prompt.index, slot) for prompt in prompts for slot in range(num_samples)}
-        if len(self._open) != len(prompts) * num_samples:
+    def __init__(self, prompts: Sequence[Prompt], sampling: SamplingSettings, oldest_step: int) -> None:
+        self.sampling = sampling
+        self.oldest_step = oldest_step
+        self._open = {(prompt.index, slot) for prompt in prompts for slot in range(sampling.num_samples)}
+        if len(self._open) != len(prompts) * sampling.num_samples:
             raise ValueError("prompts share an index, each must have its own")
         self._rollouts: list[Rollout] = []
         self._drops: list[Drop] = []
         self.num_resent = 0
+        self.num_stale = 0
 
     def add(self, rollout: Rollout) -> None:
         self._open.remove(rollout.key)
@@ -279,5 +289,6 @@ class _Ledger:
             rollouts=tuple(sorted(self._rollouts, key=lambda rollout: rollout.key)),
             drops=tuple(sorted(self._drops, key=lambda drop: drop.key)),
             num_resent=self.num_resent,
+            num_stale=self.num_stale,
             seconds=seconds,
         )

@@ -34,8 +34,11 @@ class VersionGate(Protocol):
         """
         ...
 
-    def accepts(self, run_id: str, step: int) -> bool:
-        """True if tokens of these weights may be trained on now."""
+    def accepts(self, run_id: str, step: int, *, oldest_step: int) -> bool:
+        """True if these weights are of this attempt and of `oldest_step` or later.
+
+        What is too old depends on the batch, not on the moment: a sample may be drawn long before it is trained on.
+        """
         ...
 
 

@@ -11,8 +11,8 @@
 ...     score=1.5,
 ...     finish_reason=FinishReason.STOP,                       # not cut off: no missing-EOS penalty
 ... )
->>> rollout.key, rollout.num_tokens, rollout.oldest_step
-((0, 1), 6, 3)
+>>> rollout.key, rollout.num_tokens, rollout.token_steps
+((0, 1), 6, array([3, 3], dtype=int32))
 """
 
 from collections import Counter
@@ -42,6 +42,7 @@ __all__ = [
     "VersionSpan",
     "WeightVersion",
     "describe_drops",
+    "token_steps",
 ]
 
 
@@ -73,6 +74,8 @@ class SamplingSettings:
     max_tokens: int = 64
     min_tokens: int = 0
     ignore_eos: bool = False
+    # Among requests that wait at a replica, those with a lower number go first.
+    priority: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ class Rollout:
             from.
         ref_logprobs: float32[length], log-prob of the same tokens under the reference at the same
             temperature.
-        weight_versions: which weights drew which tokens.
+        weight_versions: which weights drew which tokens; together they cover all tokens, in order.
         score: finite; of the reward service.
         finish_reason: STOP (by itself) or LENGTH (cut off).
     """
@@ -124,9 +127,20 @@ class Rollout:
         return len(self.prompt.token_ids) + len(self.response_ids)
 
     @property
-    def oldest_step(self) -> int:
-        """Step of the oldest weights that drew a token of it."""
-        return min((span.version.step for span in self.weight_versions), default=0)
+    def token_steps(self) -> IntArray:
+        """int32[length]: step of the weights that drew each response token."""
+        return token_steps(self.weight_versions, len(self.response_ids))
+
+
+def token_steps(spans: Sequence[VersionSpan], num_tokens: int) -> IntArray:
+    """int32[num_tokens]: step of the weights that drew each token. ValueError unless `spans` cover all tokens once,
+    in order.
+    """
+    ends = [0, *(span.end for span in spans)]
+    if ends[-1] != num_tokens or any(not end == span.start < span.end for end, span in zip(ends, spans, strict=False)):
+        covered = ", ".join(f"[{span.start}, {span.end})" for span in spans)
+        raise ValueError(f"weight versions cover {covered or 'nothing'}, must cover [0, {num_tokens}) without gaps")
+    return np.repeat([span.version.step for span in spans], np.diff(ends)).astype(np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +181,12 @@ class RolloutBatch:
         rollouts: ascending by key.
         drops: samples given up.
         num_resent: times that a sample had to be drawn again (a replica died, or served other weights).
+        num_stale: how many of these because weights too old, or not of this attempt, had drawn a token of it.
         seconds: from the first prompt sent to the last sample whole.
     """
 
     rollouts: tuple[Rollout, ...]
     drops: tuple[Drop, ...] = ()
     num_resent: int = 0
+    num_stale: int = 0
     seconds: float = 0.0

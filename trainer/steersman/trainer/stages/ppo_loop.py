@@ -283,7 +283,7 @@ class PpoLoop:
             "rollout/dropped_total": float(self._num_dropped),
             "rollout/resent": float(batch.num_resent),
             "rollout/seconds": batch.seconds,
-            "rollout/staleness_mean": float(np.mean([trained - rollout.oldest_step for rollout in batch.rollouts])),
+            "rollout/staleness_mean": float(np.mean([trained - rollout.token_steps.min() for rollout in batch.rollouts])),
             "push/bytes": float(report.pushed_bytes),
             "push/delta_share": report.delta_share,
             "push/pause_seconds": report.pause_seconds,

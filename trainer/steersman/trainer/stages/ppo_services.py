@@ -153,7 +153,6 @@ class GrpcServices:
         self._publisher = Publisher(
             weights,
             run_id=self._run_id,
-            max_staleness=config.max_staleness,
             backoff=self._backoff,
             waits=self._waits,
             encoding=PushEncoding(settings.push_encoding),

@@ -153,7 +153,6 @@ class Publisher:
     Args:
         ports: the weight services, in the order in which the rollouts number the replicas.
         run_id: of this attempt; unique for every start of a trainer.
-        max_staleness: tokens drawn by weights of so many steps ago may still be trained on.
         push_attempts: tries of one push within `publish`.
         encoding: how weights travel to replicas that serve the version before; but for DENSE that is kept, one more
             copy of the weights on the host.
@@ -164,7 +163,6 @@ class Publisher:
         ports: Sequence[WeightPort],
         *,
         run_id: str,
-        max_staleness: int = 0,
         push_attempts: int = 3,
         backoff: Backoff | None = None,
         waits: Waits | None = None,
@@ -173,7 +171,6 @@ class Publisher:
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.run_id = run_id
-        self.max_staleness = max_staleness
         self._replicas = [_Replica(port=port) for port in ports]
         self._push_attempts = push_attempts
         self._backoff = backoff or Backoff()
@@ -194,12 +191,10 @@ class Publisher:
         """The version that every replica should serve; None before the first publication."""
         return self._image.version if self._image is not None else None
 
-    def accepts(self, run_id: str, step: int) -> bool:
-        """True if tokens of these weights may be trained on: made by this attempt, and not too old."""
+    def accepts(self, run_id: str, step: int, *, oldest_step: int) -> bool:
+        """True if these weights are of this attempt, were published, and are of `oldest_step` or later."""
         wanted = self.wanted
-        return (
-            wanted is not None and run_id == wanted.run_id and wanted.step - self.max_staleness <= step <= wanted.step
-        )
+        return wanted is not None and run_id == wanted.run_id and oldest_step <= step <= wanted.step
 
     async def publish(self, image: WeightImage) -> PublishReport:
         """Makes `image` the wanted weights and pushes it to all replicas at once.
