@@ -27,19 +27,19 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from steersman.v1 import types_pb2 as steersman_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x18steersman/v1/types.proto\"]\n\tTokenPair\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.steersman.v1.TokenIds\x12(\n\x08response\x18\x02 \x01(\x0b\x32\x16.steersman.v1.TokenIds\",\n\x08TextPair\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x10\n\x08response\x18\x02 \x01(\t\"[\n\x08\x43hatPair\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.steersman.v1.Chat\x12+\n\x08response\x18\x02 \x01(\x0b\x32\x19.steersman.v1.ChatMessage\"\xf3\x01\n\tScoreItem\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x06tokens\x18\x02 \x01(\x0b\x32\x17.steersman.v1.TokenPairH\x00\x12&\n\x04text\x18\x03 \x01(\x0b\x32\x16.steersman.v1.TextPairH\x00\x12&\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x16.steersman.v1.ChatPairH\x00\x12(\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12*\n\x07timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07\x63ontent\"\x90\x01\n\x0cScoreOptions\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12,\n\noverlength\x18\x02 \x01(\x0e\x32\x18.steersman.v1.Overlength\x12-\n\x08priority\x18\x03 \x01(\x0e\x32\x1b.steersman.v1.PriorityClass\x12\x13\n\x0binclude_raw\x18\x04 \x01(\x08\"c\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12+\n\x07options\x18\x02 \x01(\x0b\x32\x1a.steersman.v1.ScoreOptions\"\x87\x01\n\x0bMemberScore\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x18.steersman.v1.ItemStatus\x12\x12\n\x05score\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\x10\n\x08revision\x18\x05 \x01(\tB\x08\n\x06_score\"\x9a\x02\n\tItemScore\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x18.steersman.v1.ItemStatus\x12\x12\n\x05score\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\traw_score\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12*\n\x07members\x18\x05 \x03(\x0b\x32\x19.steersman.v1.MemberScore\x12\x13\n\x06spread\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x12\x12\n\nnum_tokens\x18\x08 \x01(\x05\x12\x0e\n\x06scorer\x18\t \x01(\t\x12\x10\n\x08revision\x18\n \x01(\tB\x08\n\x06_scoreB\x0c\n\n_raw_scoreB\t\n\x07_spread\"9\n\rScoreResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"i\n\x12StreamScoreRequest\x12+\n\x07options\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.ScoreOptions\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\"?\n\x13StreamScoreResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"\x14\n\x12ListScorersRequest\"\x8b\x01\n\x06Scorer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.steersman.v1.ScorerKind\x12&\n\x05model\x18\x03 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0f\n\x07members\x18\x04 \x03(\t\x12\x12\n\nis_default\x18\x05 \x01(\x08\"<\n\x13ListScorersResponse\x12%\n\x07scorers\x18\x01 \x03(\x0b\x32\x14.steersman.v1.Scorer*]\n\nOverlength\x12\x1a\n\x16OVERLENGTH_UNSPECIFIED\x10\x00\x12\x13\n\x0fOVERLENGTH_FAIL\x10\x01\x12\x1e\n\x1aOVERLENGTH_TRUNCATE_PROMPT\x10\x02*h\n\rPriorityClass\x12\x1e\n\x1aPRIORITY_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPRIORITY_CLASS_INTERACTIVE\x10\x01\x12\x17\n\x13PRIORITY_CLASS_BULK\x10\x02*t\n\nScorerKind\x12\x1b\n\x17SCORER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11SCORER_KIND_MODEL\x10\x01\x12\x18\n\x14SCORER_KIND_FUNCTION\x10\x02\x12\x18\n\x14SCORER_KIND_ENSEMBLE\x10\x03\x32\xfd\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12V\n\x0bStreamScore\x12 .steersman.v1.StreamScoreRequest\x1a!.steersman.v1.StreamScoreResponse(\x01\x30\x01\x12R\n\x0bListScorers\x12 .steersman.v1.ListScorersRequest\x1a!.steersman.v1.ListScorersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19steersman/v1/reward.proto\x12\x0csteersman.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x18steersman/v1/types.proto\"]\n\tTokenPair\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.steersman.v1.TokenIds\x12(\n\x08response\x18\x02 \x01(\x0b\x32\x16.steersman.v1.TokenIds\",\n\x08TextPair\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x10\n\x08response\x18\x02 \x01(\t\"[\n\x08\x43hatPair\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.steersman.v1.Chat\x12+\n\x08response\x18\x02 \x01(\x0b\x32\x19.steersman.v1.ChatMessage\"\xf3\x01\n\tScoreItem\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x06tokens\x18\x02 \x01(\x0b\x32\x17.steersman.v1.TokenPairH\x00\x12&\n\x04text\x18\x03 \x01(\x0b\x32\x16.steersman.v1.TextPairH\x00\x12&\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x16.steersman.v1.ChatPairH\x00\x12(\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12*\n\x07timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\t\n\x07\x63ontent\"\x90\x01\n\x0cScoreOptions\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12,\n\noverlength\x18\x02 \x01(\x0e\x32\x18.steersman.v1.Overlength\x12-\n\x08priority\x18\x03 \x01(\x0e\x32\x1b.steersman.v1.PriorityClass\x12\x13\n\x0binclude_raw\x18\x04 \x01(\x08\"c\n\x0cScoreRequest\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\x12+\n\x07options\x18\x02 \x01(\x0b\x32\x1a.steersman.v1.ScoreOptions\"\xec\x01\n\x0bMemberScore\x12\x0e\n\x06scorer\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x18.steersman.v1.ItemStatus\x12\x12\n\x05score\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x16\n\traw_score\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x08 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_scoreB\x0c\n\n_raw_scoreB\x11\n\x0f_length_penalty\"\xd9\x02\n\tItemScore\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0b\x32\x18.steersman.v1.ItemStatus\x12\x12\n\x05score\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\traw_score\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12*\n\x07members\x18\x05 \x03(\x0b\x32\x19.steersman.v1.MemberScore\x12\x13\n\x06spread\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x12\x12\n\nnum_tokens\x18\x08 \x01(\x05\x12\x0e\n\x06scorer\x18\t \x01(\t\x12\x10\n\x08revision\x18\n \x01(\t\x12\r\n\x05model\x18\x0b \x01(\t\x12\x1b\n\x0elength_penalty\x18\x0c \x01(\x01H\x03\x88\x01\x01\x42\x08\n\x06_scoreB\x0c\n\n_raw_scoreB\t\n\x07_spreadB\x11\n\x0f_length_penalty\"9\n\rScoreResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"i\n\x12StreamScoreRequest\x12+\n\x07options\x18\x01 \x01(\x0b\x32\x1a.steersman.v1.ScoreOptions\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.steersman.v1.ScoreItem\"?\n\x13StreamScoreResponse\x12(\n\x07results\x18\x01 \x03(\x0b\x32\x17.steersman.v1.ItemScore\"\x14\n\x12ListScorersRequest\"\x8b\x01\n\x06Scorer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.steersman.v1.ScorerKind\x12&\n\x05model\x18\x03 \x01(\x0b\x32\x17.steersman.v1.ModelInfo\x12\x0f\n\x07members\x18\x04 \x03(\t\x12\x12\n\nis_default\x18\x05 \x01(\x08\"<\n\x13ListScorersResponse\x12%\n\x07scorers\x18\x01 \x03(\x0b\x32\x14.steersman.v1.Scorer*]\n\nOverlength\x12\x1a\n\x16OVERLENGTH_UNSPECIFIED\x10\x00\x12\x13\n\x0fOVERLENGTH_FAIL\x10\x01\x12\x1e\n\x1aOVERLENGTH_TRUNCATE_PROMPT\x10\x02*h\n\rPriorityClass\x12\x1e\n\x1aPRIORITY_CLASS_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPRIORITY_CLASS_INTERACTIVE\x10\x01\x12\x17\n\x13PRIORITY_CLASS_BULK\x10\x02*t\n\nScorerKind\x12\x1b\n\x17SCORER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11SCORER_KIND_MODEL\x10\x01\x12\x18\n\x14SCORER_KIND_FUNCTION\x10\x02\x12\x18\n\x14SCORER_KIND_ENSEMBLE\x10\x03\x32\xfd\x01\n\rRewardService\x12@\n\x05Score\x12\x1a.steersman.v1.ScoreRequest\x1a\x1b.steersman.v1.ScoreResponse\x12V\n\x0bStreamScore\x12 .steersman.v1.StreamScoreRequest\x1a!.steersman.v1.StreamScoreResponse(\x01\x30\x01\x12R\n\x0bListScorers\x12 .steersman.v1.ListScorersRequest\x1a!.steersman.v1.ListScorersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steersman.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OVERLENGTH']._serialized_start=1739
-  _globals['_OVERLENGTH']._serialized_end=1832
-  _globals['_PRIORITYCLASS']._serialized_start=1834
-  _globals['_PRIORITYCLASS']._serialized_end=1938
-  _globals['_SCORERKIND']._serialized_start=1940
-  _globals['_SCORERKIND']._serialized_end=2056
+  _globals['_OVERLENGTH']._serialized_start=1903
+  _globals['_OVERLENGTH']._serialized_end=1996
+  _globals['_PRIORITYCLASS']._serialized_start=1998
+  _globals['_PRIORITYCLASS']._serialized_end=2102
+  _globals['_SCORERKIND']._serialized_start=2104
+  _globals['_SCORERKIND']._serialized_end=2220
   _globals['_TOKENPAIR']._serialized_start=131
   _globals['_TOKENPAIR']._serialized_end=224
   _globals['_TEXTPAIR']._serialized_start=226
@@ -53,21 +53,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREREQUEST']._serialized_start=758
   _globals['_SCOREREQUEST']._serialized_end=857
   _globals['_MEMBERSCORE']._serialized_start=860
-  _globals['_MEMBERSCORE']._serialized_end=995
-  _globals['_ITEMSCORE']._serialized_start=998
-  _globals['_ITEMSCORE']._serialized_end=1280
-  _globals['_SCORERESPONSE']._serialized_start=1282
-  _globals['_SCORERESPONSE']._serialized_end=1339
-  _globals['_STREAMSCOREREQUEST']._serialized_start=1341
-  _globals['_STREAMSCOREREQUEST']._serialized_end=1446
-  _globals['_STREAMSCORERESPONSE']._serialized_start=1448
-  _globals['_STREAMSCORERESPONSE']._serialized_end=1511
-  _globals['_LISTSCORERSREQUEST']._serialized_start=1513
-  _globals['_LISTSCORERSREQUEST']._serialized_end=1533
-  _globals['_SCORER']._serialized_start=1536
-  _globals['_SCORER']._serialized_end=1675
-  _globals['_LISTSCORERSRESPONSE']._serialized_start=1677
-  _globals['_LISTSCORERSRESPONSE']._serialized_end=1737
-  _globals['_REWARDSERVICE']._serialized_start=2059
-  _globals['_REWARDSERVICE']._serialized_end=2312
+  _globals['_MEMBERSCORE']._serialized_end=1096
+  _globals['_ITEMSCORE']._serialized_start=1099
+  _globals['_ITEMSCORE']._serialized_end=1444
+  _globals['_SCORERESPONSE']._serialized_start=1446
+  _globals['_SCORERESPONSE']._serialized_end=1503
+  _globals['_STREAMSCOREREQUEST']._serialized_start=1505
+  _globals['_STREAMSCOREREQUEST']._serialized_end=1610
+  _globals['_STREAMSCORERESPONSE']._serialized_start=1612
+  _globals['_STREAMSCORERESPONSE']._serialized_end=1675
+  _globals['_LISTSCORERSREQUEST']._serialized_start=1677
+  _globals['_LISTSCORERSREQUEST']._serialized_end=1697
+  _globals['_SCORER']._serialized_start=1700
+  _globals['_SCORER']._serialized_end=1839
+  _globals['_LISTSCORERSRESPONSE']._serialized_start=1841
+  _globals['_LISTSCORERSRESPONSE']._serialized_end=1901
+  _globals['_REWARDSERVICE']._serialized_start=2223
+  _globals['_REWARDSERVICE']._serialized_end=2476
 # @@protoc_insertion_point(module_scope)

@@ -102,21 +102,27 @@ class ScoreRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ...) -> None: ...
 
 class MemberScore(_message.Message):
-    __slots__ = ("scorer", "status", "score", "weight", "revision")
+    __slots__ = ("scorer", "status", "score", "weight", "revision", "model", "raw_score", "length_penalty")
     SCORER_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    RAW_SCORE_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     scorer: str
     status: _types_pb2.ItemStatus
     score: float
     weight: float
     revision: str
-    def __init__(self, scorer: _Optional[str] = ..., status: _Optional[_Union[_types_pb2.ItemStatus, _Mapping]] = ..., score: _Optional[float] = ..., weight: _Optional[float] = ..., revision: _Optional[str] = ...) -> None: ...
+    model: str
+    raw_score: float
+    length_penalty: float
+    def __init__(self, scorer: _Optional[str] = ..., status: _Optional[_Union[_types_pb2.ItemStatus, _Mapping]] = ..., score: _Optional[float] = ..., weight: _Optional[float] = ..., revision: _Optional[str] = ..., model: _Optional[str] = ..., raw_score: _Optional[float] = ..., length_penalty: _Optional[float] = ...) -> None: ...
 
 class ItemScore(_message.Message):
-    __slots__ = ("id", "status", "score", "raw_score", "members", "spread", "truncated", "num_tokens", "scorer", "revision")
+    __slots__ = ("id", "status", "score", "raw_score", "members", "spread", "truncated", "num_tokens", "scorer", "revision", "model", "length_penalty")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +133,8 @@ class ItemScore(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     id: str
     status: _types_pb2.ItemStatus
     score: float
@@ -137,7 +145,9 @@ class ItemScore(_message.Message):
     num_tokens: int
     scorer: str
     revision: str
-    def __init__(self, id: _Optional[str] = ..., status: _Optional[_Union[_types_pb2.ItemStatus, _Mapping]] = ..., score: _Optional[float] = ..., raw_score: _Optional[float] = ..., members: _Optional[_Iterable[_Union[MemberScore, _Mapping]]] = ..., spread: _Optional[float] = ..., truncated: bool = ..., num_tokens: _Optional[int] = ..., scorer: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    model: str
+    length_penalty: float
+    def __init__(self, id: _Optional[str] = ..., status: _Optional[_Union[_types_pb2.ItemStatus, _Mapping]] = ..., score: _Optional[float] = ..., raw_score: _Optional[float] = ..., members: _Optional[_Iterable[_Union[MemberScore, _Mapping]]] = ..., spread: _Optional[float] = ..., truncated: bool = ..., num_tokens: _Optional[int] = ..., scorer: _Optional[str] = ..., revision: _Optional[str] = ..., model: _Optional[str] = ..., length_penalty: _Optional[float] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("results",)

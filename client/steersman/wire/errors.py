@@ -61,6 +61,7 @@ class Reason(StrEnum):
     PERMISSION_DENIED = "PERMISSION_DENIED"
     INTERNAL = "INTERNAL"
     UNIMPLEMENTED = "UNIMPLEMENTED"
+    MODEL_STATE = "MODEL_STATE"
 
 
 # Total over Reason; a test says so.
@@ -91,6 +92,7 @@ CODE_OF: Final[dict[Reason, Code]] = {
     Reason.PERMISSION_DENIED: Code.PERMISSION_DENIED,
     Reason.INTERNAL: Code.INTERNAL,
     Reason.UNIMPLEMENTED: Code.UNIMPLEMENTED,
+    Reason.MODEL_STATE: Code.FAILED_PRECONDITION,
 }
 
 
