@@ -62,15 +62,17 @@ async def fleet(
     for replica in replicas:
         await replica.start()
     once = ChannelSettings(retry_attempts=1, max_reconnect_seconds=0.2)
-    clients = [AsyncWeightClient(replica.target, settings=once, timeout=10.0) for replica in replicas]
-    publisher = Publisher(clients, run_id=RUN, encoding=encoding, sleep=no_sleep)
+
+    def connect(target: str) -> AsyncWeightClient:
+        return AsyncWeightClient(target, settings=once, timeout=10.0)
+
+    targets = [replica.target for replica in replicas]
+    publisher = Publisher(connect, targets=targets, run_id=RUN, encoding=encoding, sleep=no_sleep)
     try:
         async with asyncio.timeout(60):
             yield publisher, replicas
     finally:
-        publisher.close()
-        for client in clients:
-            await client.close()
+        await publisher.close()
         for replica in replicas:
             await replica.stop()
 

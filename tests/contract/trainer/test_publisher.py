@@ -11,7 +11,8 @@ from torch import nn
 
 from steersman.client import AsyncWeightClient, ChannelSettings
 from steersman.trainer.weights.image import WeightImage
-from steersman.trainer.weights.publisher import Publisher, WeightsRefused
+from steersman.trainer.weights.ports import WeightsRefused
+from steersman.trainer.weights.publisher import Publisher
 from steersman.wire.errors import Reason, SteersmanError, unavailable
 from steersman.wire.identity import WeightVersion
 
@@ -49,13 +50,16 @@ async def fleet(*services: FakeWeightService, run_id: str = RUN) -> AsyncIterato
     for replica in replicas:
         await replica.start()
     once = ChannelSettings(retry_attempts=1, max_reconnect_seconds=0.2)
-    clients = [AsyncWeightClient(replica.target, settings=once, timeout=10.0) for replica in replicas]
+
+    def connect(target: str) -> AsyncWeightClient:
+        return AsyncWeightClient(target, settings=once, timeout=10.0)
+
+    publisher = Publisher(connect, targets=[one.target for one in replicas], run_id=run_id, sleep=no_sleep)
     try:
         async with asyncio.timeout(60):
-            yield Publisher(clients, run_id=run_id, sleep=no_sleep), replicas
+            yield publisher, replicas
     finally:
-        for client in clients:
-            await client.close()
+        await publisher.close()
         for replica in replicas:
             await replica.stop()
 
@@ -138,9 +142,9 @@ async def test_a_replica_that_is_down_does_not_hold_up_the_others() -> None:
         assert list(report.failures) == [replicas[0].target]
         assert replicas[1].service.active == WeightVersion(run_id=RUN, step=0)
         with pytest.raises(SteersmanError):
-            await publisher.ensure_current(0)
+            await publisher.ensure_current(replicas[0].target)
         await replicas[0].start()
-        await _until_current(publisher, 0)
+        await _until_current(publisher, replicas[0].target)
     assert replicas[0].service.active == WeightVersion(run_id=RUN, step=0)
 
 
@@ -169,27 +173,28 @@ async def test_a_resumed_trainer_makes_the_same_step_again_under_another_run_id(
     async with fleet(one) as (publisher, replicas):
         for step in range(3):
             await publisher.publish(image(seed=step, step=step))
-        client = AsyncWeightClient(replicas[0].target)
+        targets = [replicas[0].target]
+        resumed = Publisher(AsyncWeightClient, targets=targets, run_id="demo.2", sleep=no_sleep)
+        same = Publisher(AsyncWeightClient, targets=targets, run_id="demo.2", sleep=no_sleep)
         try:
-            resumed = Publisher([client], run_id="demo.2", sleep=no_sleep)
             await resumed.publish(image(seed=7, step=1, run_id="demo.2"))
             assert one.active == WeightVersion(run_id="demo.2", step=1)
             assert one.tensors["embed.weight"] == bytes_of(Tied(7), "embed.weight")
             # Had it kept the run id, the replica would have refused, and the trainer must hear of it.
-            same = Publisher([client], run_id="demo.2", sleep=no_sleep)
             with pytest.raises(WeightsRefused, match="WEIGHT_VERSION_STALE"):
                 await same.publish(image(seed=8, step=0, run_id="demo.2"))
         finally:
-            await client.close()
+            await resumed.close()
+            await same.close()
 
 
 async def test_other_weights_under_our_version_are_not_taken_for_ours() -> None:
     one = service()
-    async with fleet(one) as (publisher, _):
+    async with fleet(one) as (publisher, replicas):
         await publisher.publish(image(seed=1, step=0))
         one.digest = bytes(16)
         with pytest.raises(WeightsRefused, match=r"serves other weights as demo\.1@0 \(digest 0{32}"):
-            await publisher.ensure_current(0)
+            await publisher.ensure_current(replicas[0].target)
 
 
 async def test_another_model_is_refused_before_anything_is_sent() -> None:
@@ -201,7 +206,7 @@ async def test_another_model_is_refused_before_anything_is_sent() -> None:
 
 
 async def test_versions_of_another_run_and_of_the_past_are_not_published() -> None:
-    publisher = Publisher([], run_id=RUN)
+    publisher = Publisher(AsyncWeightClient, run_id=RUN)
     with pytest.raises(ValueError, match=r"must be of run demo\.1"):
         await publisher.publish(image(seed=1, step=0, run_id="else.1"))
     await publisher.publish(image(seed=1, step=3))
@@ -209,10 +214,10 @@ async def test_versions_of_another_run_and_of_the_past_are_not_published() -> No
         await publisher.publish(image(seed=1, step=3))
 
 
-async def _until_current(publisher: Publisher, number: int) -> None:
+async def _until_current(publisher: Publisher, target: str) -> None:
     while True:
         try:
-            return await publisher.ensure_current(number)
+            return await publisher.ensure_current(target)
         except SteersmanError:
             await asyncio.sleep(0.02)
 
@@ -231,7 +236,7 @@ async def _until_current(publisher: Publisher, number: int) -> None:
     ],
 )
 async def test_which_weights_may_be_trained_on(version: WeightVersion, oldest_step: int, accepted: bool) -> None:
-    publisher = Publisher([], run_id=RUN)
+    publisher = Publisher(AsyncWeightClient, run_id=RUN)
     assert not publisher.accepts(version.run_id, version.step, oldest_step=oldest_step)
     await publisher.publish(image(seed=1, step=5))
     assert publisher.accepts(version.run_id, version.step, oldest_step=oldest_step) is accepted

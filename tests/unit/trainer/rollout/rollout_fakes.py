@@ -72,8 +72,9 @@ class FakeGate:
     events: list[str] = field(default_factory=list)
     newest: int = 0
 
-    async def ensure_current(self, replica: int) -> None:
+    async def ensure_current(self, target: str) -> None:
         await asyncio.sleep(0)
+        replica = int(target.rpartition("-")[2])
         if not self.alive(replica):
             raise unavailable(f"replica {replica} is dead")
         self.repair(replica)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from steersman.trainer.weights.publisher import ATTEMPT_FILE, next_attempt
+from steersman.trainer.weights.attempt import ATTEMPT_FILE, next_attempt
 
 
 def test_every_start_of_a_run_has_a_number_of_its_own(tmp_path: Path) -> None:

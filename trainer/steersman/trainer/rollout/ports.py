@@ -28,8 +28,8 @@ class PolicyPort(Protocol):
 class VersionGate(Protocol):
     """Knows which weights a replica must serve before it is sent a prompt."""
 
-    async def ensure_current(self, replica: int) -> None:
-        """Returns once replica number `replica` serves the wanted weights, pushing them if need be; raises
+    async def ensure_current(self, target: str) -> None:
+        """Returns once the replica at `target` serves the wanted weights, pushing them if need be; raises
         SteersmanError if it cannot be reached or brought there now.
         """
         ...

@@ -117,7 +117,7 @@ class ReplicaPool:
         started, attempt, what = self._waits.clock(), 0, f"policy at {replica.port.target}"
         while True:
             try:
-                await self._gate.ensure_current(replica.number)
+                await self._gate.ensure_current(replica.port.target)
             except SteersmanError as error:
                 away_seconds = self._waits.clock() - started
                 if away_seconds >= self._backoff.give_up_seconds and not any(r.ready for r in self._replicas):

@@ -29,7 +29,8 @@ from steersman.trainer.rollout.types import Prompt, RolloutBatch, SamplingSettin
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
-from steersman.trainer.weights.publisher import Publisher, PublishReport
+from steersman.trainer.weights.publisher import Publisher
+from steersman.trainer.weights.report import PublishReport
 from steersman.wire.identity import ModelInfo
 
 T = TypeVar("T")
@@ -38,8 +39,10 @@ T = TypeVar("T")
 class Services(Protocol):
     """What the PPO loop asks of the network. Tests stand in for it."""
 
-    def collect(self, prompts: Sequence[Prompt]) -> "Future[RolloutBatch]":
-        """Starts a batch."""
+    def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
+        """Starts a batch, every token of it to be drawn by weights of `oldest_step` or later. Of several batches the
+        one with the lowest `priority` goes first. Cancelling the future ends it.
+        """
         ...
 
     def publish(self, image: WeightImage) -> "Future[PublishReport]":
@@ -114,9 +117,9 @@ class GrpcServices:
         """
         return self._thread.start(self._check())
 
-    def collect(self, prompts: Sequence[Prompt]) -> "Future[RolloutBatch]":
+    def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
         """Starts a batch."""
-        return self._thread.start(self._collector.collect(prompts))
+        return self._thread.start(self._collector.collect(prompts, oldest_step=oldest_step, priority=priority))
 
     def publish(self, image: WeightImage) -> "Future[PublishReport]":
         """Starts to push weights to every replica."""
@@ -147,12 +150,12 @@ class GrpcServices:
         once = ChannelSettings(retry_attempts=1)
         enter = self._stack.enter_async_context
         self._policies = [await enter(AsyncPolicyClient(t, settings=once)) for t in settings.policies]
-        weights = [await enter(AsyncWeightClient(t, settings=once)) for t in settings.policies]
         self._reference = await enter(AsyncReferenceClient(settings.reference))
         self._reward = await enter(AsyncRewardClient(settings.reward))
         self._publisher = Publisher(
-            weights,
+            lambda target: AsyncWeightClient(target, settings=once),
             run_id=self._run_id,
+            targets=settings.policies,
             backoff=self._backoff,
             waits=self._waits,
             encoding=PushEncoding(settings.push_encoding),
@@ -212,5 +215,5 @@ class GrpcServices:
 
     async def _close(self) -> None:
         await self._collector.close()
-        self._publisher.close()
+        await self._publisher.close()
         await self._stack.aclose()
