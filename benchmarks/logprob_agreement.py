@@ -18,7 +18,8 @@ from benchmarks.context import Context, Measured
 from benchmarks.stack import CORES, Service, running, thread_environment
 from steersman.client import PolicyClient, ReferenceClient
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
-from steersman.trainer.checkpoint.models import ModelSource, hidden_states, lm_head, load_actor
+from steersman.trainer.checkpoint.models import hidden_states, lm_head, load_actor
+from steersman.trainer.checkpoint.source import ModelSource
 
 RESPONSE_TOKENS = 64
 SAMPLES_PER_PROMPT = 4

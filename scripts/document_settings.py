@@ -33,8 +33,8 @@ SECTIONS = (
     ("reference", "`python -m steersman.reference`", "steersman.reference.settings", "ReferenceSettings"),
     ("reward", "`python -m steersman.reward`", "steersman.reward.settings", "RewardSettings"),
     ("trainer", "`python -m steersman.trainer`", "steersman.trainer.jobs.settings", "TrainerSettings"),
-    ("sft", "Job kind `sft`", "steersman.trainer.stages.sft", "SftConfig"),
-    ("reward_model", "Job kind `reward_model`", "steersman.trainer.stages.reward_model", "RewardModelConfig"),
+    ("sft", "Job kind `sft`", "steersman.trainer.stages.sft_config", "SftConfig"),
+    ("reward_model", "Job kind `reward_model`", "steersman.trainer.stages.reward_model_config", "RewardModelConfig"),
     ("ppo", "Job kind `ppo`", "steersman.trainer.stages.ppo_config", "PpoConfig"),
 )
 

@@ -1,7 +1,4 @@
-"""A worker with a stage of its own that counts, and does what the test writes into its settings.
-
-worker_program.py RUN_DIR     runs the job       worker_program.py check     checks settings on standard input
-"""
+"""A worker with a stage of its own that counts, and does what the test writes into its settings."""
 
 import json
 import os
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, Field
 
-from steersman.trainer.jobs import validation, worker
+from steersman.trainer.jobs import worker
 from steersman.trainer.jobs.model import JobKind
 from steersman.trainer.jobs.registry import Stage
 
@@ -69,9 +66,7 @@ def halfway(what: str, run: "Run") -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-STAGES = {JobKind.SFT: Stage(config="__main__:CountConfig", run="__main__:run_count")}
+STAGES = {JobKind.SFT: Stage(config=f"{__name__}:CountConfig", run=f"{__name__}:run_count")}
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["check"]:
-        sys.exit(validation.main(STAGES))
     sys.exit(worker.main(stages=STAGES))

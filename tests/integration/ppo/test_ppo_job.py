@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steersman.cli.supervisor import ServiceSpec, Supervisor, free_port
-from steersman.trainer.stages.ppo import PpoConfig, run_ppo
+from steersman.trainer.stages.ppo import run_ppo
+from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.run import Run, read_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -8,8 +8,8 @@ import yaml
 
 JOBS = Path(__file__).resolve().parents[3] / "examples" / "jobs"
 CONFIGS = {
-    "sft": ("steersman.trainer.stages.sft", "SftConfig"),
-    "reward_model": ("steersman.trainer.stages.reward_model", "RewardModelConfig"),
+    "sft": ("steersman.trainer.stages.sft_config", "SftConfig"),
+    "reward_model": ("steersman.trainer.stages.reward_model_config", "RewardModelConfig"),
     "ppo": ("steersman.trainer.stages.ppo_config", "PpoConfig"),
 }
 

@@ -14,7 +14,8 @@ from examples.steps.config import ComparisonSource, ConfigError, PipelineConfig,
 from examples.steps.sources import prepare, prompt_of
 from examples.steps.statistics import mean, win_rate
 
-from steersman.trainer.data.load import DataSettings, load_comparisons, load_demonstrations
+from steersman.trainer.data.load import load_comparisons, load_demonstrations
+from steersman.trainer.data.settings import DataSettings
 from steersman.trainer.jobs.model import JobKind
 from steersman.trainer.jobs.registry import STAGES
 

@@ -4,7 +4,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from steersman.trainer.checkpoint.models import ModelSource
+from steersman.trainer.checkpoint.source import ModelSource
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{n}" for n in range(29))]
 

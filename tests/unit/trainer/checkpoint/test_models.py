@@ -5,7 +5,6 @@ from transformers import AutoModelForSequenceClassification
 
 from steersman.trainer.checkpoint.atomic import CheckpointError, verify
 from steersman.trainer.checkpoint.models import (
-    ModelSource,
     hidden_states,
     lm_head,
     load_actor,
@@ -19,6 +18,7 @@ from steersman.trainer.checkpoint.models import (
     sequence_scores,
     token_values,
 )
+from steersman.trainer.checkpoint.source import ModelSource
 
 IDS = torch.tensor([[3, 4, 5, 1, 0, 0], [6, 7, 8, 9, 10, 1]])
 LENGTHS = torch.tensor([4, 6])

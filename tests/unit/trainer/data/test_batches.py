@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steersman.trainer.data.batches import EpochOrder, micro_batches, pad, split_indices
+from steersman.trainer.data.batches import micro_batches, pad
+from steersman.trainer.data.order import EpochOrder, split_indices
 
 
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 3))

@@ -2,8 +2,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from steersman.trainer.data.encode import Encoder, TranscriptTemplate
+from steersman.trainer.data.encode import Encoder
 from steersman.trainer.data.records import Comparison, Demonstration, Message, Origin
+from steersman.trainer.data.settings import TranscriptTemplate
 
 WHERE = Origin(file="d.jsonl", line=1)
 EOS, BOS = 257, 258

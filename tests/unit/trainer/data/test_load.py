@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from steersman.trainer.data.load import DataSettings, load_comparisons, load_demonstrations, load_prompts
+from steersman.trainer.data.load import load_comparisons, load_demonstrations, load_prompts
 from steersman.trainer.data.rows import BadRow, DataError
+from steersman.trainer.data.settings import DataSettings
 
 GOOD = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
 

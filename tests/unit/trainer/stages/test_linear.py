@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from steersman.trainer.algorithm.products import one_dnn_available
-from steersman.trainer.checkpoint.models import ModelSource, load_actor
+from steersman.trainer.checkpoint.models import load_actor
+from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.stages.linear import OneDnnLinear, speed_up
 from steersman.trainer.stages.placement import place
 

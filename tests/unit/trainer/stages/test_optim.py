@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from steersman.trainer.stages.optim import OptimizerConfig, apply_update, build_optimizer, learning_rate_at
+from steersman.trainer.stages.optim import apply_update, build_optimizer, learning_rate_at
+from steersman.trainer.stages.settings import OptimizerConfig
 
 
 @pytest.mark.parametrize(

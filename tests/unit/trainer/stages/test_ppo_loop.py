@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from steersman.trainer.checkpoint.models import ModelSource, load_actor, load_tokenizer
+from steersman.trainer.checkpoint.models import load_actor, load_tokenizer
+from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.rollout.types import Drop, FinishReason, Prompt, Rollout, RolloutBatch, VersionSpan
 from steersman.trainer.stages import ppo_loop
 from steersman.trainer.stages.ppo_config import PpoConfig

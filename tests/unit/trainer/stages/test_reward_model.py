@@ -5,11 +5,13 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from steersman.trainer.checkpoint.models import ModelSource, load_actor, load_tokenizer, save_model
-from steersman.trainer.data.load import DataSettings
-from steersman.trainer.stages.optim import OptimizerConfig
-from steersman.trainer.stages.reward_model import RewardModelConfig, run_reward_model
+from steersman.trainer.checkpoint.models import load_actor, load_tokenizer, save_model
+from steersman.trainer.checkpoint.source import ModelSource
+from steersman.trainer.data.settings import DataSettings
+from steersman.trainer.stages.reward_model import run_reward_model
+from steersman.trainer.stages.reward_model_config import RewardModelConfig
 from steersman.trainer.stages.run import METRICS_FILE, Run, read_rows
+from steersman.trainer.stages.settings import OptimizerConfig
 
 GOOD, BAD, PLAIN = ["w3"], ["w4"], ["w5", "w6"]
 

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 
 from steersman.trainer.checkpoint.atomic import CheckpointError
-from steersman.trainer.checkpoint.models import ModelSource
-from steersman.trainer.stages.ppo import PpoConfig, run_ppo
-from steersman.trainer.stages.reward_model import RewardModelConfig, run_reward_model
+from steersman.trainer.checkpoint.source import ModelSource
+from steersman.trainer.stages.ppo import run_ppo
+from steersman.trainer.stages.ppo_config import PpoConfig
+from steersman.trainer.stages.reward_model import run_reward_model
+from steersman.trainer.stages.reward_model_config import RewardModelConfig
 from steersman.trainer.stages.run import Run
-from steersman.trainer.stages.sft import SftConfig, run_sft
+from steersman.trainer.stages.sft import run_sft
+from steersman.trainer.stages.sft_config import SftConfig
 
 
 @pytest.mark.parametrize(

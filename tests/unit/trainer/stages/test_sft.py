@@ -3,12 +3,14 @@ import torch
 from pydantic import ValidationError
 
 from steersman.trainer.checkpoint.atomic import CheckpointError, verify
-from steersman.trainer.checkpoint.models import ModelSource, load_actor, load_tokenizer
-from steersman.trainer.data.load import DataSettings
+from steersman.trainer.checkpoint.models import load_actor, load_tokenizer
+from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.rows import BadRow
-from steersman.trainer.stages.optim import OptimizerConfig
+from steersman.trainer.data.settings import DataSettings
 from steersman.trainer.stages.run import METRICS_FILE, Run, read_rows
-from steersman.trainer.stages.sft import SftConfig, run_sft
+from steersman.trainer.stages.settings import OptimizerConfig
+from steersman.trainer.stages.sft import run_sft
+from steersman.trainer.stages.sft_config import SftConfig
 
 
 @pytest.fixture

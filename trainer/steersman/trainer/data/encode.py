@@ -11,28 +11,10 @@ Truncation: a prompt that is too long loses its *oldest* tokens (BOS stays); a r
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
-from steersman.trainer.data.records import Comparison, Context, Demonstration, Message
-
-
-class TranscriptTemplate(BaseModel):
-    """How a conversation is written where there is no chat template: a marker before each turn, then its text."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    system: str = Field(default="", description="Before a system turn.")
-    user: str = Field(default="\n\nHuman: ", description="Before a user turn.")
-    assistant: str = Field(default="\n\nAssistant: ", description="Before an assistant turn.")
-    tool: str = Field(default="\n\nTool: ", description="Before a tool's turn.")
-    prompt_end: str = Field(default="\n\nAssistant:", description="After the last turn: the response follows.")
-    response_start: str = Field(default=" ", description="Before the text of a response.")
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the response begins."""
-        turns = [getattr(self, message.role) + message.content for message in messages]
-        return "".join(turns) + self.prompt_end
+from steersman.trainer.data.records import Comparison, Context, Demonstration
+from steersman.trainer.data.settings import TranscriptTemplate
 
 
 @dataclass(frozen=True, kw_only=True)

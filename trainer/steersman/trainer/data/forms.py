@@ -17,7 +17,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Final, cast, get_args
 
 from steersman.trainer.data.records import (
     Comparison,
@@ -30,8 +30,8 @@ from steersman.trainer.data.records import (
     Role,
 )
 from steersman.trainer.data.rows import BadRow, Row
+from steersman.trainer.data.settings import Form
 
-Form = Literal["transcript", "preference", "candidates", "ranked", "messages", "completion", "prompt"]
 ROLES: Final = get_args(Role)
 _TURN: Final = re.compile(r"\n\n(Human|Assistant):")
 _CANDIDATE_NAMES: Final = (("candidate1", "candidate2"), ("candidate_1", "candidate_2"), ("candidate_0", "candidate_1"))

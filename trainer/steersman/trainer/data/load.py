@@ -3,36 +3,16 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from steersman.trainer.data.forms import Form, FormOptions, detect_form, infer_preference_base, parse_row
+from steersman.trainer.data.forms import FormOptions, detect_form, infer_preference_base, parse_row
 from steersman.trainer.data.records import Comparison, Demonstration, Prompt, Record
 from steersman.trainer.data.rows import BadRow, DataError, Row, read_rows
+from steersman.trainer.data.settings import DataSettings, Form
 
 _log = logging.getLogger(__name__)
 _SHOWN_BAD_ROWS = 5
 R = TypeVar("R", bound=Record)
-
-
-class DataSettings(BaseModel):
-    """Which files to read, and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    files: tuple[str, ...] = Field(min_length=1, description="Paths or fsspec URLs: .jsonl, .jsonl.gz, .parquet.")
-    form: Form | Literal["auto"] = Field(
-        default="auto", description="The form of the rows; auto finds it for each file by its first readable row."
-    )
-    on_bad_row: Literal["fail", "skip"] = Field(
-        default="fail", description="fail stops at the first bad row; skip leaves bad rows out and counts them."
-    )
-    preference_base: Literal[0, 1] | None = Field(
-        default=None,
-        description="Number of the first candidate in human_preference; inferred from the file if left out.",
-    )
-    max_records: int | None = Field(default=None, ge=1, description="Read no more than this many good rows.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which stage a job kind runs. Names only: the stages import torch, and the service must not."""
+"""Which stage a job kind runs. Names only: running a stage needs torch, which the service must not import."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -34,11 +34,11 @@ Stages = Mapping[JobKind, Stage]
 _STAGES: Final = "steersman.trainer.stages"
 
 STAGES: Final[Stages] = {
-    JobKind.SFT: Stage(config=f"{_STAGES}.sft:SftConfig", run=f"{_STAGES}.sft:run_sft"),
+    JobKind.SFT: Stage(config=f"{_STAGES}.sft_config:SftConfig", run=f"{_STAGES}.sft:run_sft"),
     JobKind.REWARD_MODEL: Stage(
-        config=f"{_STAGES}.reward_model:RewardModelConfig", run=f"{_STAGES}.reward_model:run_reward_model"
+        config=f"{_STAGES}.reward_model_config:RewardModelConfig", run=f"{_STAGES}.reward_model:run_reward_model"
     ),
-    JobKind.PPO: Stage(config=f"{_STAGES}.ppo:PpoConfig", run=f"{_STAGES}.ppo:run_ppo"),
+    JobKind.PPO: Stage(config=f"{_STAGES}.ppo_config:PpoConfig", run=f"{_STAGES}.ppo:run_ppo"),
 }
 
 

@@ -9,7 +9,7 @@ from steersman.trainer.jobs.handler import JobsHandler
 from steersman.trainer.jobs.launcher import Launcher, LocalLauncher
 from steersman.trainer.jobs.servicer import TrainerServicer
 from steersman.trainer.jobs.settings import TrainerSettings
-from steersman.trainer.jobs.validation import ProcessValidator, Validator
+from steersman.trainer.jobs.validation import SettingsValidator, Validator
 from steersman.v1 import trainer_pb2, trainer_pb2_grpc
 
 
@@ -52,7 +52,7 @@ async def build(
     handler = JobsHandler(
         settings.runs_directory,
         launcher=launcher or LocalLauncher(),
-        validator=validator or ProcessValidator(),
+        validator=validator or SettingsValidator(),
         max_running_jobs=settings.max_running_jobs,
         cancel_grace_seconds=settings.cancel_grace_seconds,
         max_attempts=settings.max_attempts,

@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -10,8 +9,7 @@ from transformers import PreTrainedModel
 
 from steersman.trainer.checkpoint.models import resolve_device
 from steersman.trainer.stages.linear import speed_up
-
-DTypeSetting = Literal["auto", "float32", "bfloat16"]
+from steersman.trainer.stages.settings import DTypeSetting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from steersman.trainer.checkpoint.models import ModelSource
-from steersman.trainer.data.encode import TranscriptTemplate
-from steersman.trainer.data.load import DataSettings
-from steersman.trainer.stages.optim import OptimizerConfig
-from steersman.trainer.stages.placement import DTypeSetting
+from steersman.trainer.checkpoint.source import ModelSource
+from steersman.trainer.data.settings import DataSettings, TranscriptTemplate
+from steersman.trainer.stages.settings import DTypeSetting, OptimizerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -43,9 +43,10 @@ from steersman.trainer.checkpoint.models import (
 )
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
-from steersman.trainer.data.batches import EpochOrder
 from steersman.trainer.data.encode import Encoder
-from steersman.trainer.data.load import DataSettings, load_prompts
+from steersman.trainer.data.load import load_prompts
+from steersman.trainer.data.order import EpochOrder
+from steersman.trainer.data.settings import DataSettings
 from steersman.trainer.rollout.types import Prompt, Rollout, RolloutBatch, describe_drops
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
@@ -86,7 +87,8 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     attempt = next_attempt(run.directory)
-    tokenizer = load_tokenizer(config.tokenizer or str(config.actor.path), revision=config.actor.revision)
+    revision = None if config.tokenizer else config.actor.revision
+    tokenizer = load_tokenizer(config.tokenizer or str(config.actor.path), revision=revision)
     actor, critic = load_models(config, tokenizer)
     require_savable(actor, tokenizer)
     learner = PpoLearner(actor, critic, config)

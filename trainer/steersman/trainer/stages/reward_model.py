@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,28 +17,14 @@ from steersman.trainer.data.encode import Encoder, Example
 from steersman.trainer.data.load import load_comparisons
 from steersman.trainer.data.records import Comparison
 from steersman.trainer.stages.placement import Placement, place
+from steersman.trainer.stages.reward_model_config import RewardModelConfig
 from steersman.trainer.stages.run import Run
-from steersman.trainer.stages.supervised import StageResult, SupervisedConfig, train
+from steersman.trainer.stages.supervised import StageResult, make_encoder, read_tokenizer, train
 
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = "<|pad|>"
 # A thousand responses: the mean is exact to a thirtieth of the spread, and costs seconds.
 _CALIBRATION_COMPARISONS = 512
-
-
-class RewardModelConfig(SupervisedConfig):
-    """Settings of the ``reward_model`` stage; ``batch_size`` counts comparisons, however many responses each ranks."""
-
-    kind: Literal["reward_model"] = "reward_model"
-    use_margins: bool = Field(default=True, description="Where rows have a margin, ask for that much of a gap.")
-    use_ties: bool = Field(default=False, description="Let tied responses pull their scores together.")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Assumed share of wrong labels.")
-    score_penalty: float = Field(
-        default=0.0, ge=0, description="Weight of the squared score in the loss: keeps scores near zero."
-    )
-    record_score_moments: bool = Field(
-        default=True, description="Write mean and deviation of the training scores into the model's configuration."
-    )
 
 
 def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
@@ -56,7 +41,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
 
     DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
     """
-    tokenizer = config.load_tokenizer()
+    tokenizer = read_tokenizer(config)
     records, report = load_comparisons(config.data)
     train_numbers, eval_numbers = config.held_out(len(records))
     eval_records = [records[n] for n in eval_numbers]
@@ -69,7 +54,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     model = load_scalar_head(config.model, seed=config.seed, tokenizer=tokenizer)
     _cover_vocabulary(model, tokenizer)
     placement.move(model)
-    encoder = config.encoder(tokenizer)
+    encoder = make_encoder(config, tokenizer)
     task = _RewardModelTask(
         config=config,
         model=model,

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,16 +16,8 @@ from steersman.trainer.data.encode import Example
 from steersman.trainer.data.load import load_demonstrations
 from steersman.trainer.stages.placement import Placement, place
 from steersman.trainer.stages.run import Run
-from steersman.trainer.stages.supervised import StageResult, SupervisedConfig, train
-
-
-class SftConfig(SupervisedConfig):
-    """Settings of the ``sft`` stage. Comparisons serve as data too: their best response is the demonstration."""
-
-    kind: Literal["sft"] = "sft"
-    train_on_prompt: bool = Field(
-        default=False, description="Also learn the tokens of the prompt, not the response alone."
-    )
+from steersman.trainer.stages.sft_config import SftConfig
+from steersman.trainer.stages.supervised import StageResult, make_encoder, read_tokenizer, train
 
 
 def run_sft(config: SftConfig, run: Run) -> StageResult:
@@ -37,8 +27,8 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
     and ``eval/accuracy`` (share of counted tokens that are the most likely one). Goes on from the run's last
     checkpoint. DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
     """
-    tokenizer = config.load_tokenizer()
-    encoder = config.encoder(tokenizer)
+    tokenizer = read_tokenizer(config)
+    encoder = make_encoder(config, tokenizer)
     records, report = load_demonstrations(config.data)
     train_numbers, eval_numbers = config.held_out(len(records))
     eval_records = [records[n] for n in eval_numbers]

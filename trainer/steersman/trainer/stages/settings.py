@@ -1,0 +1,23 @@
+"""Settings that several stages have. Settings import neither torch nor transformers: the service checks them too."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DTypeSetting = Literal["auto", "float32", "bfloat16"]
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW with a warm-up and a schedule; a step is one update of the weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(default=1e-5, gt=0, description="Highest learning rate, reached after the warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="After the warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps over which the rate rises from zero in a line.")
+    final_share: float = Field(default=0.0, ge=0, le=1, description="Share of learning_rate left at the last step.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled; on matrices only.")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="Clip the global gradient norm; null: never.")
