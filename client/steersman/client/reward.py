@@ -18,7 +18,7 @@ from steersman.client.prompts import (
     token_ids_to_proto,
 )
 from steersman.client.splitting import MAX_PARTS_IN_FLIGHT, split
-from steersman.client.streams import Endings, Remembering, each
+from steersman.client.streams import Remembering, each
 from steersman.client.types import (
     ChatMessage,
     MemberScore,
@@ -33,6 +33,7 @@ from steersman.client.types import (
 )
 from steersman.v1 import reward_pb2, reward_pb2_grpc
 from steersman.wire.convert import model_from_proto
+from steersman.wire.endings import Endings
 from steersman.wire.errors import Code, SteersmanError, invalid_field
 from steersman.wire.status import status_from_proto
 

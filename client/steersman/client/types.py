@@ -276,11 +276,31 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelayHop:
+    """A replica that gets a chunk stream from the one before it, into `push_id`, and passes it on to `next`."""
+
+    target: str
+    push_id: str
+    next: tuple["RelayHop", ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayReceipt:
+    """What became of one hop. `error`: why it did not take every chunk; its push is then to be begun anew."""
+
+    target: str
+    error: SteersmanError | None = None
+    received_bytes: int = 0
+    num_chunks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class PushReceipt:
-    """What one chunk stream delivered."""
+    """What one chunk stream delivered: to its receiver, and to each replica that it was passed on to."""
 
     received_bytes: int
     num_chunks: int
+    relayed: tuple[RelayReceipt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

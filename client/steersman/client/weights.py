@@ -8,7 +8,7 @@ publisher's business; these are thin.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, timedelta
 from typing import Final
 
@@ -16,12 +16,14 @@ import grpc
 import grpc.aio
 
 from steersman.client.calls import AsyncClient, Client, call_metadata, translated
-from steersman.client.streams import Endings, Remembering, each
+from steersman.client.streams import Remembering, each
 from steersman.client.types import (
     Activation,
     KvCachePolicy,
     Push,
     PushReceipt,
+    RelayHop,
+    RelayReceipt,
     TensorSpec,
     WeightChunk,
     WeightEncoding,
@@ -30,8 +32,10 @@ from steersman.client.types import (
 )
 from steersman.v1 import weights_pb2, weights_pb2_grpc
 from steersman.wire.convert import version_from_proto, version_to_proto
+from steersman.wire.endings import Endings
 from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import WeightVersion
+from steersman.wire.status import status_from_proto
 from steersman.wire.tensors import dtype_from_name, dtype_name
 
 _ENCODING: Final = {
@@ -84,10 +88,9 @@ def begin_request(
     return request
 
 
-def chunk_request(push_id: str, chunk: WeightChunk) -> weights_pb2.PushChunksRequest:
-    """One message of a chunk stream; `push_id` is empty on all but the first."""
+def chunk_request(chunk: WeightChunk) -> weights_pb2.PushChunksRequest:
+    """One message of a chunk stream, after the first."""
     return weights_pb2.PushChunksRequest(
-        push_id=push_id,
         chunk=weights_pb2.WeightChunk(
             tensor_index=chunk.tensor_index,
             element_offset=chunk.element_offset,
@@ -99,10 +102,29 @@ def chunk_request(push_id: str, chunk: WeightChunk) -> weights_pb2.PushChunksReq
     )
 
 
-def _requests(first: str, chunks: Iterable[WeightChunk]) -> Iterator[weights_pb2.PushChunksRequest]:
+def _first_of(push_id: str, relay: Sequence[RelayHop]) -> weights_pb2.PushChunksRequest:
+    """The first message of a chunk stream: without a chunk, so that all with one can be passed on as they are."""
+    return weights_pb2.PushChunksRequest(push_id=push_id, relay=_hops(relay))
+
+
+def _requests(
+    push_id: str, relay: Sequence[RelayHop], chunks: Iterable[WeightChunk]
+) -> Iterator[weights_pb2.PushChunksRequest]:
+    yield _first_of(push_id, relay)
     for chunk in chunks:
-        yield chunk_request(first, chunk)
-        first = ""
+        yield chunk_request(chunk)
+
+
+async def _requests_async(
+    push_id: str, relay: Sequence[RelayHop], chunks: AsyncIterable[WeightChunk] | Iterable[WeightChunk]
+) -> AsyncIterator[weights_pb2.PushChunksRequest]:
+    yield _first_of(push_id, relay)
+    async for chunk in each(chunks):
+        yield chunk_request(chunk)
+
+
+def _hops(hops: Sequence[RelayHop]) -> list[weights_pb2.RelayHop]:
+    return [weights_pb2.RelayHop(target=hop.target, push_id=hop.push_id, next=_hops(hop.next)) for hop in hops]
 
 
 def _push(message: weights_pb2.BeginPushResponse) -> Push:
@@ -110,7 +132,16 @@ def _push(message: weights_pb2.BeginPushResponse) -> Push:
 
 
 def _receipt(message: weights_pb2.PushChunksResponse) -> PushReceipt:
-    return PushReceipt(received_bytes=message.received_bytes, num_chunks=message.num_chunks)
+    relayed = (
+        RelayReceipt(
+            target=receipt.target,
+            error=status_from_proto(receipt.status),
+            received_bytes=receipt.received_bytes,
+            num_chunks=receipt.num_chunks,
+        )
+        for receipt in message.relayed
+    )
+    return PushReceipt(received_bytes=message.received_bytes, num_chunks=message.num_chunks, relayed=tuple(relayed))
 
 
 def _activation(message: weights_pb2.ActivateResponse) -> Activation:
@@ -156,23 +187,23 @@ class AsyncWeightClient(AsyncClient):
         push_id: str,
         chunks: AsyncIterable[WeightChunk] | Iterable[WeightChunk],
         *,
+        relay: Sequence[RelayHop] = (),
         timeout: float | None = None,
     ) -> PushReceipt:
         """Sends chunks as one stream and waits until the replica has them all. Flow control is gRPC's.
 
+        `relay`: replicas that it passes them on to; what became of those stands in the receipt, not in an error.
         An error that `chunks` raises cancels the stream and comes out of here unchanged.
         """
         metadata = call_metadata()
         call = self._stub.PushChunks(timeout=self._deadline(timeout).remaining(), metadata=metadata)
         ends = Endings(call)
         try:
-            first = push_id
-            async for chunk in each(chunks):
+            async for request in _requests_async(push_id, relay, chunks):
                 try:
-                    await call.write(chunk_request(first, chunk))
+                    await call.write(request)
                 except (asyncio.InvalidStateError, grpc.RpcError):
                     break  # the server ended the call; awaiting it tells why
-                first = ""
             else:
                 with translated(self.target, metadata), contextlib.suppress(asyncio.InvalidStateError):
                     await call.done_writing()
@@ -238,9 +269,16 @@ class WeightClient(Client):
         request = begin_request(version, manifest, base_version, partial, idle_timeout_seconds)
         return _push(self._call(self._stub.BeginPush, request, timeout))
 
-    def push(self, push_id: str, chunks: Iterable[WeightChunk], *, timeout: float | None = None) -> PushReceipt:
+    def push(
+        self,
+        push_id: str,
+        chunks: Iterable[WeightChunk],
+        *,
+        relay: Sequence[RelayHop] = (),
+        timeout: float | None = None,
+    ) -> PushReceipt:
         """Sends chunks as one stream; as `AsyncWeightClient.push`. `chunks` is consumed in another thread."""
-        metadata, requests = call_metadata(), Remembering(_requests(push_id, chunks))
+        metadata, requests = call_metadata(), Remembering(_requests(push_id, relay, chunks))
         try:
             with translated(self.target, metadata):
                 remaining = self._deadline(timeout).remaining()

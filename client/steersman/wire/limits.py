@@ -10,6 +10,11 @@ MAX_MESSAGE_BYTES: Final = 64 * MIB
 # Weight chunks: smaller ones pay per-message costs, larger ones leave the CPU caches.
 WEIGHT_CHUNK_BYTES: Final = 1 * MIB
 
+# Routes of a relayed chunk stream. Protobuf reads messages within messages up to 100 deep.
+MAX_RELAY_DEPTH: Final = 64
+MAX_RELAY_FAN_OUT: Final = 16
+MAX_RELAY_HOPS: Final = 1024
+
 MAX_SAMPLES_PER_PROMPT: Final = 256
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_TOKEN_IDS: Final = 64

@@ -15,6 +15,7 @@ from steersman.policy.metrics import PolicyMetrics
 from steersman.policy.servicer import PolicyServicer
 from steersman.policy.settings import PolicySettings
 from steersman.policy.weights.checkpoint import Checkpoint
+from steersman.policy.weights.relay import Relay
 from steersman.policy.weights.service import WeightServicer
 from steersman.policy.weights.store import WeightSource, WeightStore
 from steersman.serving.metrics import Metrics
@@ -46,7 +47,7 @@ class PolicyService:
         )
         counted.watch(lambda: self.handler.num_samples, settings.max_num_seqs)
         self._servicer = PolicyServicer(self.handler)
-        self._weight_servicer = WeightServicer(self.store, counted)
+        self._weight_servicer = WeightServicer(self.store, counted, Relay(settings.relay_rules()))
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Adds both servicers."""

@@ -7,6 +7,7 @@ from pydantic import Field
 from steersman.policy.engine.location import Location
 from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import KvCachePolicy
+from steersman.policy.weights.relay import RelayRules
 from steersman.serving.settings import ServerSettings
 
 
@@ -52,7 +53,21 @@ class PolicySettings(ServerSettings):
     load_chunk_bytes: int = Field(
         4 * 1024 * 1024, ge=4096, description="Weights moved between two engine steps while new ones are staged."
     )
+    relay: bool = Field(True, description="Pass new weights on to other replicas when the trainer asks for it.")
+    relay_targets: tuple[str, ...] = Field(
+        ("*",), description="Patterns of host:port that weights may be passed on to, such as 10.1.*:50051."
+    )
+    relay_stall_seconds: float = Field(
+        10.0,
+        gt=0,
+        le=600,
+        description="How long a replica that weights are passed on to may hold up the others before it is given up.",
+    )
     seed: int = Field(0, ge=0, description="Start of the random numbers for requests without a seed.")
+
+    def relay_rules(self) -> RelayRules:
+        """What this replica passes on."""
+        return RelayRules(enabled=self.relay, targets=self.relay_targets, stall_seconds=self.relay_stall_seconds)
 
     def engine_options(self, location: Location, *, on_cpu: bool) -> EngineOptions:
         """How to start the engine on the checkpoint that `model` led to."""

@@ -6,9 +6,19 @@ from typing import Any
 
 import pytest
 
-from steersman.client import AsyncWeightClient, KvCachePolicy, TensorSpec, WeightChunk, WeightClient, WeightVersion
+from steersman.client import (
+    AsyncWeightClient,
+    KvCachePolicy,
+    RelayHop,
+    RelayReceipt,
+    TensorSpec,
+    WeightChunk,
+    WeightClient,
+    WeightVersion,
+)
 from steersman.v1 import types_pb2, weights_pb2, weights_pb2_grpc
 from steersman.wire.errors import Reason, SteersmanError
+from steersman.wire.status import status_to_proto
 
 ADD = weights_pb2_grpc.add_WeightServiceServicer_to_server
 VERSION = WeightVersion(run_id="run", step=2)
@@ -25,6 +35,7 @@ class FakeWeights(weights_pb2_grpc.WeightServiceServicer):
         self.messages: list[weights_pb2.PushChunksRequest] = []
         self.calls: list[Any] = []
         self.refuse_after: int | None = None
+        self.relayed: list[weights_pb2.RelayReceipt] = []
         self.stream_ended = asyncio.Event()
 
     def snapshot(self) -> weights_pb2.WeightSnapshot:
@@ -48,7 +59,9 @@ class FakeWeights(weights_pb2_grpc.WeightServiceServicer):
                 if len(self.messages) == self.refuse_after:
                     await self.refuse(context, SteersmanError(Reason.WEIGHT_CHUNK_INVALID, "chunk outside its tensor"))
             received = sum(len(message.chunk.data) for message in self.messages)
-            return weights_pb2.PushChunksResponse(received_bytes=received, num_chunks=len(self.messages))
+            return weights_pb2.PushChunksResponse(
+                received_bytes=received, num_chunks=len(self.messages) - 1, relayed=self.relayed
+            )
         finally:
             self.stream_ended.set()
 
@@ -98,12 +111,40 @@ async def test_a_whole_transaction(fake: FakeWeights, serve: Any) -> None:
     assert begin.idle_timeout.seconds == 60
     assert activate.kv_cache_policy == weights_pb2.KV_CACHE_POLICY_RECOMPUTE
     assert abort.push_id == "push-1"
-    assert [message.push_id for message in fake.messages] == ["push-1", ""]
-    assert fake.messages[0].chunk.checksum == 2**64 - 1
+    # What can be passed on as it is has nothing that is meant for one replica alone.
+    assert [(message.push_id, message.HasField("chunk")) for message in fake.messages] == [
+        ("push-1", False),
+        ("", True),
+        ("", True),
+    ]
+    assert fake.messages[1].chunk.checksum == 2**64 - 1
+
+
+async def test_a_route_travels_ahead_of_the_chunks_and_its_receipts_come_back(fake: FakeWeights, serve: Any) -> None:
+    gone = SteersmanError(Reason.DEADLINE_EXCEEDED, "b:2 held up the stream")
+    fake.relayed = [
+        weights_pb2.RelayReceipt(target="a:1", received_bytes=6, num_chunks=1),
+        weights_pb2.RelayReceipt(target="b:2", status=status_to_proto(gone)),
+    ]
+    route = (RelayHop(target="a:1", push_id="pa", next=(RelayHop(target="b:2", push_id="pb"),)),)
+    async with AsyncWeightClient(await serve(ADD, fake)) as client:
+        receipt = await client.push("push-1", [chunk(0)], relay=route)
+    [hop] = fake.messages[0].relay
+    assert (hop.target, hop.push_id, [(each.target, each.push_id) for each in hop.next]) == (
+        "a:1",
+        "pa",
+        [("b:2", "pb")],
+    )
+    assert not fake.messages[1].relay
+    fine, failed = receipt.relayed
+    assert fine == RelayReceipt(target="a:1", received_bytes=6, num_chunks=1)
+    assert (failed.target, failed.received_bytes, failed.num_chunks) == ("b:2", 0, 0)
+    assert failed.error is not None
+    assert (failed.error.reason, failed.error.message) == (gone.reason, gone.message)
 
 
 async def test_a_refused_chunk_ends_the_stream_with_its_reason(fake: FakeWeights, serve: Any) -> None:
-    fake.refuse_after = 1
+    fake.refuse_after = 2
     produced = 0
 
     async def endless() -> Any:
@@ -157,7 +198,7 @@ async def test_the_blocking_client_does_the_same(fake: FakeWeights, serve: Any) 
             with pytest.raises(RuntimeError, match="the tensor is gone"):
                 client.push("push-1", broken())
             fake.messages.clear()
-            fake.refuse_after = 1
+            fake.refuse_after = 2
             with pytest.raises(SteersmanError) as caught:
                 client.push("push-1", iter([chunk(0)] * 100))
             assert caught.value.reason is Reason.WEIGHT_CHUNK_INVALID

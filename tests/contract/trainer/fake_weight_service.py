@@ -73,6 +73,8 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
     async def PushChunks(self, requests: AsyncIterator[weights_pb2.PushChunksRequest], context):
         num_chunks = total = 0
         async for request in requests:
+            if not request.HasField("chunk"):
+                continue
             chunk = request.chunk
             num_chunks += 1
             if num_chunks == 2:

@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.metrics import PolicyMetrics
 from steersman.policy.weights.push import Chunk
+from steersman.policy.weights.relay import Relay
 from steersman.policy.weights.store import DEFAULT_IDLE_TIMEOUT_S, BeginRequest, Snapshot, WeightStore
 from steersman.v1 import weights_pb2, weights_pb2_grpc
 from steersman.wire.convert import version_from_proto, version_to_proto
@@ -30,9 +31,10 @@ _KV_POLICIES: Final[dict[int, KvCachePolicy | None]] = {
 class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     """The weight plane of one replica."""
 
-    def __init__(self, store: WeightStore, metrics: PolicyMetrics) -> None:
+    def __init__(self, store: WeightStore, metrics: PolicyMetrics, relay: Relay) -> None:
         self._store = store
         self._metrics = metrics
+        self._relay = relay
 
     async def GetWeightState(  # noqa: N802
         self, request: weights_pb2.GetWeightStateRequest, context: Context
@@ -60,22 +62,31 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     async def PushChunks(  # noqa: N802
         self, request_iterator: AsyncIterator[weights_pb2.PushChunksRequest], context: Context
     ) -> weights_pb2.PushChunksResponse:
-        """Takes one stream of chunks. A sender that goes in mid-stream takes its push with it."""
-        push_id, num_bytes, num_chunks = "", 0, 0
+        """Takes one stream of chunks, and passes it on. A sender that goes in mid-stream takes its push with it."""
+        push_id, num_messages, num_bytes, num_chunks = "", 0, 0, 0
         try:
-            async for request in request_iterator:
-                push_id = push_id or request.push_id
-                if request.push_id and request.push_id != push_id:
-                    raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
-                if request.HasField("chunk"):
-                    await self._store.write(push_id, _chunk(request.chunk))
-                    num_bytes += len(request.chunk.data)
-                    num_chunks += 1
+            async with self._relay.stream() as onward:
+                async for request in request_iterator:
+                    num_messages += 1
+                    push_id = push_id or request.push_id
+                    if request.push_id and request.push_id != push_id:
+                        raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
+                    if request.relay:
+                        if num_messages > 1:
+                            raise invalid_field("relay", f"on message {num_messages}", "the first message of a stream")
+                        self._store.require_push(push_id)
+                        onward.open(push_id, request.relay, timeout=context.time_remaining())
+                    if request.HasField("chunk"):
+                        await onward.forward(request)
+                        await self._store.write(push_id, _chunk(request.chunk))
+                        num_bytes += len(request.chunk.data)
+                        num_chunks += 1
+                relayed = await onward.finish()
         except asyncio.CancelledError:
             self._store.sender_gone(push_id)
             raise
         self._metrics.received(num_bytes)
-        return weights_pb2.PushChunksResponse(received_bytes=num_bytes, num_chunks=num_chunks)
+        return weights_pb2.PushChunksResponse(received_bytes=num_bytes, num_chunks=num_chunks, relayed=relayed)
 
     async def Stage(  # noqa: N802
         self, request: weights_pb2.StageRequest, context: Context

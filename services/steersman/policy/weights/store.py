@@ -160,6 +160,10 @@ class WeightStore:
             _LOG.info("push begun", extra={"version": str(version), "push_id": self._push.push_id})
             return self._push.push_id
 
+    def require_push(self, push_id: str) -> None:
+        """Raises WEIGHT_PUSH_NOT_ACTIVE unless that push is under way."""
+        self._require(push_id)
+
     async def write(self, push_id: str, chunk: Chunk) -> None:
         """Puts a chunk into the staging copy. Raises WEIGHT_PUSH_NOT_ACTIVE or WEIGHT_CHUNK_INVALID."""
         await self._require(push_id).write(chunk)
