@@ -105,6 +105,8 @@ class JobView:
         match event.event:
             case StateChange(state=state, error=error):
                 return f"{self._job_id}: {state}" + (f": {error}" if error else "")
+            case JobProgress(step=0, total_steps=0, message=message):
+                return f"{self._job_id}: {message}"  # it does not know yet how far it goes
             case JobProgress(step=step, total_steps=total, message=message):
                 return f"step {step}/{total or '?'}: {message}"
             case StepMetrics(step=step, values=values):

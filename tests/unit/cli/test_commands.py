@@ -123,9 +123,19 @@ def test_the_view_draws_bar_numbers_and_message_on_a_terminal() -> None:
 def test_the_view_writes_plain_lines_elsewhere() -> None:
     screen = io.StringIO()
     view = JobView(JOB, Console(file=screen, width=160))
-    view.show([event(1, StateChange(state=JobState.FAILED, error="out of [memory]"))])
+    events = [
+        JobProgress(step=0, total_steps=0, message="starting"),
+        JobProgress(step=0, total_steps=4, message="reading"),
+        StateChange(state=JobState.FAILED, error="out of [memory]"),
+    ]
+    view.show([event(number, payload) for number, payload in enumerate(events, start=1)])
     view.note("lost the trainer service")
-    assert screen.getvalue() == "my-job: failed: out of [memory]\nlost the trainer service\n"
+    assert screen.getvalue().splitlines() == [
+        "my-job: starting",
+        "step 0/4: reading",
+        "my-job: failed: out of [memory]",
+        "lost the trainer service",
+    ]
     assert (view.state, view.error) == (JobState.FAILED, "out of [memory]")
 
 

@@ -1,6 +1,8 @@
 """The worker's event writer: all metrics, the newest progress, nothing lost at the end."""
 
+import threading
 from pathlib import Path
+from typing import cast
 
 from steersman.trainer.jobs.events import EventWriter
 from steersman.trainer.jobs.model import Job, JobKind, JobProgress, JobSpec, JobState, StepMetrics
@@ -24,3 +26,34 @@ def test_every_step_and_the_last_progress_arrive(tmp_path: Path) -> None:
     assert progress[-1] == writer.last_progress == JobProgress(step=200, total_steps=200, message="done")
     assert len(progress) < 200
     store.close()
+
+
+class SlowStore:
+    """Holds its first write up until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.events: list[JobProgress | StepMetrics] = []
+        self.called = threading.Event()
+        self.go_on = threading.Event()
+
+    def append(self, job_id: str, events: list[JobProgress | StepMetrics]) -> None:
+        self.called.set()
+        assert self.go_on.wait(30)
+        self.events += events
+
+
+def test_progress_and_metrics_keep_their_order() -> None:
+    store = SlowStore()
+    writer = EventWriter(cast(JobStore, store), "j")
+    writer.on_metrics(1, {})
+    assert store.called.wait(30)
+    writer.on_progress(1, 2, "training")
+    writer.on_progress(1, 2, "updating")
+    writer.on_metrics(2, {})
+    store.go_on.set()
+    writer.close()
+    assert store.events == [
+        StepMetrics(step=1, values={}),
+        JobProgress(step=1, total_steps=2, message="updating"),
+        StepMetrics(step=2, values={}),
+    ]

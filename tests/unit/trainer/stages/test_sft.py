@@ -41,6 +41,24 @@ def run_in(directory, config, **options):
         return run_sft(config, run)
 
 
+class Listener:
+    def __init__(self):
+        self.progress = []
+
+    def on_metrics(self, step, metrics):
+        pass
+
+    def on_progress(self, step, total_steps, message):
+        self.progress.append((step, total_steps))
+
+
+def test_progress_knows_from_the_start_how_far_it_goes(config, tmp_path):
+    listener = Listener()
+    run_in(tmp_path / "run", config.model_copy(update={"max_steps": 2}), listener=listener)
+    assert listener.progress[0] == (0, 2)
+    assert listener.progress == sorted(listener.progress)
+
+
 def weights(directory):
     return load_actor(ModelSource(path=str(directory / "model"))).state_dict()
 

@@ -24,14 +24,14 @@ MAX_WAITING: Final = 10_000
 class EventWriter:
     """A `RunListener` that appends to the store from a thread of its own, so that training never waits for a disk.
 
-    Every step's metrics are kept, in order. Of progress, only the newest is kept between two writes.
+    Events are written in the order in which they came. Every step's metrics are kept; of progress, only the newest is
+    kept between two writes.
     """
 
     def __init__(self, store: JobStore, job_id: str) -> None:
         self._store = store
         self._job_id = job_id
-        self._metrics: deque[StepMetrics] = deque()
-        self._progress: JobProgress | None = None
+        self._waiting: deque[JobProgress | StepMetrics] = deque()
         self._last = JobProgress()
         self._closing = False
         self._changed = threading.Condition()
@@ -46,14 +46,17 @@ class EventWriter:
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step was finished."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._metrics) < MAX_WAITING)
-            self._metrics.append(StepMetrics(step=step, values={name: float(value) for name, value in metrics.items()}))
+            self._changed.wait_for(lambda: len(self._waiting) < MAX_WAITING)
+            self._waiting.append(StepMetrics(step=step, values={name: float(value) for name, value in metrics.items()}))
             self._changed.notify_all()
 
     def on_progress(self, step: int, total_steps: int, message: str) -> None:
         """The stage went on."""
         with self._changed:
-            self._last = self._progress = JobProgress(step=step, total_steps=total_steps, message=message)
+            self._last = JobProgress(step=step, total_steps=total_steps, message=message)
+            if self._waiting and isinstance(self._waiting[-1], JobProgress):
+                self._waiting.pop()
+            self._waiting.append(self._last)
             self._changed.notify_all()
 
     def close(self, timeout_seconds: float = 60.0) -> None:
@@ -67,26 +70,28 @@ class EventWriter:
         last_progress = -math.inf
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._metrics or self._progress or self._closing)
+                self._changed.wait_for(lambda: self._waiting or self._closing)
                 due = last_progress + PROGRESS_INTERVAL_SECONDS - time.monotonic()
-                if not self._metrics and not self._closing and due > 0:
-                    self._changed.wait_for(lambda: self._metrics or self._closing, timeout=due)
-                events: list[JobProgress | StepMetrics] = list(self._metrics)
-                if self._progress is not None:
-                    events.append(self._progress)
-                if not events:
-                    return
+                if due > 0:
+                    self._changed.wait_for(lambda: self._closing or not self._only_progress_waits(), timeout=due)
+                taken = list(self._waiting)
                 closing = self._closing
+            if not taken:
+                return
+            newest = next((event for event in reversed(taken) if isinstance(event, JobProgress)), None)
+            events = [event for event in taken if event is newest or isinstance(event, StepMetrics)]
             if not self._append(events) and closing:
                 return
             last_progress = time.monotonic()
             with self._changed:
-                for event in events:
-                    if isinstance(event, StepMetrics):
-                        self._metrics.popleft()
-                    elif self._progress is event:
-                        self._progress = None
+                for event in taken:
+                    # The last one may have given way to newer progress meanwhile.
+                    if self._waiting and self._waiting[0] is event:
+                        self._waiting.popleft()
                 self._changed.notify_all()
+
+    def _only_progress_waits(self) -> bool:
+        return len(self._waiting) == 1 and isinstance(self._waiting[0], JobProgress)
 
     def _append(self, events: list[JobProgress | StepMetrics]) -> bool:
         try:

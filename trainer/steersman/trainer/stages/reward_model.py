@@ -47,7 +47,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     eval_records = [records[n] for n in eval_numbers]
     if config.eval_data is not None:
         eval_records, _ = load_comparisons(config.eval_data)
-    run.progress(0, 0, f"{report.num_records} comparisons, {report.num_bad_rows} bad rows left out")
+    run.progress(0, config.max_steps or 0, f"{report.num_records} comparisons, {report.num_bad_rows} bad rows left out")
 
     placement = place(config.device, config.dtype)
     pad_id = _require_padding(tokenizer)

@@ -34,7 +34,9 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
     eval_records = [records[n] for n in eval_numbers]
     if config.eval_data is not None:
         eval_records, _ = load_demonstrations(config.eval_data)
-    run.progress(0, 0, f"{report.num_records} demonstrations, {report.num_bad_rows} bad rows left out")
+    run.progress(
+        0, config.max_steps or 0, f"{report.num_records} demonstrations, {report.num_bad_rows} bad rows left out"
+    )
 
     placement = place(config.device, config.dtype)
     model = placement.move(load_actor(config.model, seed=config.seed, tokenizer=tokenizer))
