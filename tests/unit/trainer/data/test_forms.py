@@ -78,7 +78,7 @@ def test_a_choice_that_means_nothing_is_named():
     assert "set preference_base" in reason(candidates(1).fields)
     assert reason(candidates(3).fields, 1) == "human_preference is 3, must be 1, 2 or 'tie'"
     assert "human_preference is True" in reason(candidates(True).fields, 1)
-    assert "human_preference is None" in reason(candidates(None).fields, 1)
+    assert reason(candidates(None).fields, 1) == "human_preference or choice is missing"
     assert parse(candidates("tie").fields).ranks == (1, 1)
 
 
@@ -155,6 +155,33 @@ def test_a_transcript_comes_back(contents):
 )
 def test_a_bad_row_says_which_field_and_what_it_must_be(fields, expected):
     assert reason(fields).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "expected"),
+    [
+        ("completion", {"prompt": "Q"}, "completion or response is missing"),
+        ("completion", {"completion": "A"}, "prompt is missing"),
+        ("completion", {"prompt": "Q", "response": 5}, "response is 5, must be text or a list of messages"),
+        ("completion", {"prompt": 5, "response": "A"}, "prompt is 5, must be text or a list of messages"),
+        ("transcript", {"chosen": "\n\nHuman: A\n\nAssistant: x"}, "rejected is missing"),
+        ("preference", {"prompt": "Q", "rejected": "b"}, "chosen is missing"),
+        ("preference", {"prompt": "Q", "chosen": [REPLY]}, "rejected is missing"),
+        (
+            "candidates",
+            {"input_text": "Q", "candidate1": "a", "candidate2": "b"},
+            "human_preference or choice is missing",
+        ),
+        ("ranked", {"prompt": "Q"}, "responses is missing"),
+        ("ranked", {"prompt": "Q", "responses": ["a", None]}, "responses[1] is missing"),
+        ("messages", {"prompt": "Q"}, "messages is missing"),
+        ("prompt", {"completion": "A"}, "prompt or input_text is missing"),
+    ],
+)
+def test_a_row_that_lacks_a_field_of_its_form_says_so(form, fields, expected):
+    with pytest.raises(BadRow) as caught:
+        parse_row(Row(fields=fields, origin=WHERE), form, FormOptions())
+    assert caught.value.reason.startswith(expected)
 
 
 def test_fields_of_no_form():

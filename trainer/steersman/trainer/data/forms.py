@@ -117,6 +117,8 @@ def _transcript(fields: Mapping[str, Any], origin: Origin, _: FormOptions) -> Co
 def _preference(fields: Mapping[str, Any], origin: Origin, _: FormOptions) -> Comparison:
     chosen, rejected, margin = fields.get("chosen"), fields.get("rejected"), _margin(fields)
     prompt = fields.get("prompt")
+    for name in ("chosen", "rejected"):
+        _require(name, fields.get(name))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise _Unfit("chosen and rejected must both be text or both be messages")
     if isinstance(chosen, str):
@@ -140,6 +142,7 @@ def _candidates(fields: Mapping[str, Any], origin: Origin, options: FormOptions)
     choice = _first(fields, _CHOICE_NAMES)
     if choice == "tie":
         return _comparison(_context("input_text", fields.get("input_text")), responses, origin, None, ranks=(1, 1))
+    _require(" or ".join(_CHOICE_NAMES), choice)
     base = options.preference_base
     if base is None:
         raise _Unfit(
@@ -153,6 +156,7 @@ def _candidates(fields: Mapping[str, Any], origin: Origin, options: FormOptions)
 
 def _ranked(fields: Mapping[str, Any], origin: Origin, _: FormOptions) -> Comparison:
     responses = fields.get("responses")
+    _require("responses", responses)
     if not isinstance(responses, Sequence) or isinstance(responses, str) or len(responses) < 2:
         raise _Unfit(f"responses is {_shown(responses)}, must be a list of at least two")
     texts = [_response(f"responses[{number}]", response) for number, response in enumerate(responses)]
@@ -172,13 +176,13 @@ def _conversation(fields: Mapping[str, Any], origin: Origin, _: FormOptions) -> 
 
 
 def _completion(fields: Mapping[str, Any], origin: Origin, _: FormOptions) -> Demonstration:
-    name = "completion" if fields.get("completion") is not None else "response"
+    name = _name_of(fields, ("completion", "response"))
     completion = _response(name, fields.get(name))
     return Demonstration(prompt=_context("prompt", fields.get("prompt")), completion=completion, origin=origin)
 
 
 def _prompt(fields: Mapping[str, Any], origin: Origin, _: FormOptions) -> Prompt:
-    name = "prompt" if fields.get("prompt") is not None else "input_text"
+    name = _name_of(fields, ("prompt", "input_text"))
     return Prompt(prompt=_context(name, fields.get(name)), origin=origin)
 
 
@@ -221,24 +225,23 @@ def _split(field: str, conversation: tuple[Message, ...]) -> tuple[tuple[Message
 
 
 def _context(field: str, value: Any) -> Context:
-    if value is None:
-        raise _Unfit(f"{field} is missing")
     if isinstance(value, str):
         if not value.strip():
             raise _Unfit(f"{field} is empty")
         return value
-    return _messages(field, value)
+    return _messages(field, value, allowed="text or a list of messages")
 
 
 def _as_messages(context: Context) -> tuple[Message, ...]:
     return (Message(role="user", content=context),) if isinstance(context, str) else context
 
 
-def _messages(field: str, value: Any) -> tuple[Message, ...]:
+def _messages(field: str, value: Any, *, allowed: str = "a list of messages") -> tuple[Message, ...]:
+    _require(field, value)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise _Unfit(f"{field} is {_shown(value)}, must be a list of messages with role and content")
+        raise _Unfit(f"{field} is {_shown(value)}, must be {allowed} with role and content")
     return tuple(_message(f"{field}[{number}]", item) for number, item in enumerate(value))
 
 
@@ -259,7 +262,7 @@ def _response(field: str, value: Any) -> str:
         if not value.strip():
             raise _Unfit(f"{field} is empty")
         return value
-    last = _messages(field, value)[-1]
+    last = _messages(field, value, allowed="text or a list of messages")[-1]
     if last.role != "assistant":
         raise _Unfit(f"{field} ends with a turn of role {last.role!r}, must end with 'assistant'")
     if not last.content.strip():
@@ -269,6 +272,7 @@ def _response(field: str, value: Any) -> str:
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
+    _require(name, value)
     if not isinstance(value, str):
         raise _Unfit(f"{name} is {_shown(value)}, must be text")
     if not value.strip():
@@ -283,6 +287,16 @@ def _margin(fields: Mapping[str, Any]) -> float | None:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
         raise _Unfit(f"margin is {_shown(margin)}, must be a number of at least 0")
     return float(margin)
+
+
+def _require(field: str, value: Any) -> None:
+    if value is None:
+        raise _Unfit(f"{field} is missing")
+
+
+def _name_of(fields: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Which of several names for the same thing a row has; all of them if it has none."""
+    return next((name for name in names if fields.get(name) is not None), " or ".join(names))
 
 
 def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
