@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from steersman.trainer.rollout.types import FinishReason, Prompt, Rollout
+from steersman.trainer.rollout.types import FinishReason, Prompt, Rollout, VersionSpan, WeightVersion
 from steersman.trainer.stages.linear import speed_up
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
@@ -60,7 +60,7 @@ def rollouts(seed: int = 0, count: int = 6) -> list[Rollout]:
                 response_ids=generator.integers(1, VOCABULARY, length).astype(np.int32),
                 behaviour_logprobs=generator.normal(-3.2, 0.3, length).astype(np.float32),
                 ref_logprobs=generator.normal(-3.2, 0.3, length).astype(np.float32),
-                weight_versions=(),
+                weight_versions=(VersionSpan(version=WeightVersion(run_id="demo.1", step=0), start=0, end=length),),
                 score=float(generator.normal()),
                 finish_reason=FinishReason.STOP if index % 2 else FinishReason.LENGTH,
             )

@@ -21,23 +21,30 @@ from steersman.trainer.stages.ppo_learner import PpoLearner
 from steersman.trainer.stages.ppo_loop import PpoLoop, PpoResult, load_models
 from steersman.trainer.stages.run import Run, read_rows
 from steersman.trainer.weights.image import WeightImage
-from steersman.trainer.weights.publisher import PublishReport
+from steersman.trainer.weights.report import PublishReport
 
 LIKED = 7  # the token that the reward counts
 MAX_TOKENS = 6
 
 
 class FakeServices:
-    """Draws with the published weights, scores by the share of one token; all of it depends on the step alone."""
+    """Draws with the published weights, scores by the share of one token; all of it depends on the steps alone.
+
+    The first `num_at_once` tokens are drawn when a batch is begun, the others when somebody waits for it, by the
+    weights of that moment: as late as can be.
+    """
 
     def __init__(self, frozen: PreTrainedModel) -> None:
         self.frozen = frozen
         self.policy = load_copy(frozen)
         self.events: list[str] = []
         self.image: WeightImage | None = None
-        self.before_collect: Callable[[], None] = lambda: None
+        self.before_result: Callable[[], None] = lambda: None
         self.num_drops = 0
+        self.num_at_once = MAX_TOKENS
         self.hang = False
+        self.begun: list[Future[RolloutBatch]] = []
+        self.prompts: dict[int, list[str]] = {}
 
     def publish(self, image: WeightImage) -> "Future[PublishReport]":
         self.events.append(f"publish {image.version}")
@@ -45,19 +52,13 @@ class FakeServices:
         self.policy.load_state_dict(image._tensors)
         return done(PublishReport(seconds=0.0))
 
-    def collect(self, prompts: Sequence[Prompt]) -> "Future[RolloutBatch]":
+    def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
         assert self.image is not None, "prompts before the first weights"
-        self.before_collect()
-        self.events.append(f"collect at {self.image.version.step}")
-        if self.hang:
-            return Future()
-        generator = torch.Generator().manual_seed(self.image.version.step)
-        rollouts = self._draw(prompts, generator)
-        drops = tuple(
-            Drop(key=rollout.key, service="reward at r:1", reason="gone", cause="INTERNAL")
-            for rollout in rollouts[: self.num_drops]
-        )
-        return done(RolloutBatch(rollouts=tuple(rollouts[self.num_drops :]), drops=drops))
+        assert self.image.version.step >= oldest_step, "prompts before weights that may draw"
+        self.events.append(f"collect {priority} at {self.image.version.step}")
+        self.prompts[priority] = [prompt.text for prompt in prompts]
+        self.begun.append(Future() if self.hang else LateBatch(self, prompts, seed=self.image.version.step))
+        return self.begun[-1]
 
     def waiting(self) -> str:
         return "waiting for policy at nowhere: 3 s" if self.hang else ""
@@ -65,19 +66,51 @@ class FakeServices:
     def close(self) -> None:
         self.events.append("close")
 
+
+class LateBatch(Future):
+    """A batch of `FakeServices`, complete once somebody waits for it."""
+
+    def __init__(self, services: FakeServices, prompts: Sequence[Prompt], *, seed: int) -> None:
+        super().__init__()
+        self.services = services
+        self.all_prompts = prompts
+        self.generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.stack([torch.from_numpy(prompt.token_ids).long() for prompt in prompts])  # all of one length
+        self.first = self.ids.shape[1]
+        self.logprobs: list[torch.Tensor] = []
+        self.spans: list[VersionSpan] = []
+        self.draw(services.num_at_once)
+
+    def result(self, timeout: float | None = None) -> RolloutBatch:
+        if not self.done():
+            self.services.before_result()
+            self.draw(MAX_TOKENS - len(self.logprobs))
+            rollouts, count = self.rollouts(), self.services.num_drops
+            drops = tuple(
+                Drop(key=rollout.key, service="reward at r:1", reason="gone", cause="INTERNAL")
+                for rollout in rollouts[:count]
+            )
+            self.set_result(RolloutBatch(rollouts=tuple(rollouts[count:]), drops=drops))
+        return super().result(timeout)
+
     @torch.no_grad()
-    def _draw(self, prompts: Sequence[Prompt], generator: torch.Generator) -> list[Rollout]:
-        assert self.image is not None
-        ids = torch.stack([torch.from_numpy(prompt.token_ids).long() for prompt in prompts])  # all of one length
-        first, logprobs = ids.shape[1], []
-        for _ in range(MAX_TOKENS):
-            distribution = torch.log_softmax(self.policy(ids).logits[:, -1], -1)
-            token = torch.multinomial(distribution.exp(), 1, generator=generator)
-            logprobs.append(distribution.gather(1, token))
-            ids = torch.cat([ids, token], 1)
-        responses = ids[:, first:]
-        reference = torch.log_softmax(self.frozen(ids).logits[:, first - 1 : -1], -1)
-        behaviour, reference = torch.cat(logprobs, 1), reference.gather(2, responses[:, :, None])[:, :, 0]
+    def draw(self, count: int) -> None:
+        assert self.services.image is not None
+        start = len(self.logprobs)
+        for _ in range(count):
+            distribution = torch.log_softmax(self.services.policy(self.ids).logits[:, -1], -1)
+            token = torch.multinomial(distribution.exp(), 1, generator=self.generator)
+            self.logprobs.append(distribution.gather(1, token))
+            self.ids = torch.cat([self.ids, token], 1)
+        if count:
+            self.spans.append(VersionSpan(version=self.services.image.version, start=start, end=start + count))
+
+    @torch.no_grad()
+    def rollouts(self) -> list[Rollout]:
+        responses = self.ids[:, self.first :]
+        reference = torch.log_softmax(self.services.frozen(self.ids).logits[:, self.first - 1 : -1], -1)
+        reference = reference.gather(2, responses[:, :, None])[:, :, 0]
+        behaviour = torch.cat(self.logprobs, 1)
         return [
             Rollout(
                 prompt=prompt,
@@ -85,12 +118,22 @@ class FakeServices:
                 response_ids=responses[row].numpy().astype(np.int32),
                 behaviour_logprobs=behaviour[row].numpy(),
                 ref_logprobs=reference[row].numpy(),
-                weight_versions=(VersionSpan(version=self.image.version, start=0, end=MAX_TOKENS),),
+                weight_versions=tuple(self.spans),
                 score=float((responses[row] == LIKED).float().mean()),
                 finish_reason=FinishReason.LENGTH,
             )
-            for row, prompt in enumerate(prompts)
+            for row, prompt in enumerate(self.all_prompts)
         ]
+
+
+class WatchedLearner(PpoLearner):
+    """Writes down each update."""
+
+    events: list[str]
+
+    def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
+        self.events.append(f"update {step}")
+        return super().update(rollouts, step=step, kl_coef=kl_coef)
 
 
 def done(result: Any) -> Future:
@@ -143,7 +186,9 @@ def make(tmp_path: Path, tiny_tokenizer: str, tiny_model: ModelSource, write_row
         services = FakeServices(load_actor(config.actor, seed=config.seed, tokenizer=tokenizer))
         listener = Listener()
         run = Run(tmp_path / folder, run_id="demo", listener=listener, stop_requested=stop)
-        loop = PpoLoop(config, run, PpoLearner(actor, critic, config), services, tokenizer=tokenizer, run_id=run_id)
+        learner = WatchedLearner(actor, critic, config)
+        learner.events = services.events
+        loop = PpoLoop(config, run, learner, services, tokenizer=tokenizer, run_id=run_id)
         return loop, services, run, listener
 
     return build
@@ -168,17 +213,48 @@ def test_the_reward_goes_up(make) -> None:
     assert {"step", "prompt", "response", "score"} <= set(read_rows(run.directory / "samples.jsonl")[0])
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_weights_come_before_prompts_and_after_every_update(make, staleness: int) -> None:
-    loop, services, run, _ = make(total_steps=3, max_staleness=staleness)
+ORDER = {
+    0: """publish demo.1@0, collect 0 at 0, update 0, publish demo.1@1, collect 1 at 1, update 1, publish demo.1@2,
+    collect 2 at 2, update 2, publish demo.1@3, collect 3 at 3, update 3, publish demo.1@4, collect 4 at 4, update 4,
+    publish demo.1@5""",
+    1: """publish demo.1@0, collect 0 at 0, collect 1 at 0, update 0, publish demo.1@1, collect 2 at 1, update 1,
+    publish demo.1@2, collect 3 at 2, update 2, publish demo.1@3, collect 4 at 3, update 3, publish demo.1@4, update 4,
+    publish demo.1@5""",
+    3: """publish demo.1@0, collect 0 at 0, collect 1 at 0, collect 2 at 0, collect 3 at 0, update 0, publish demo.1@1,
+    collect 4 at 1, update 1, publish demo.1@2, update 2, publish demo.1@3, update 3, publish demo.1@4, update 4,
+    publish demo.1@5""",
+}
+
+
+@pytest.mark.parametrize("staleness", ORDER)
+def test_batches_are_begun_as_early_as_staleness_allows_and_trained_in_order(make, staleness: int) -> None:
+    loop, services, run, _ = make(total_steps=5, max_staleness=staleness)
     go(loop, run)
-    on_policy = ["publish demo.1@0", "collect at 0"]
-    on_policy += ["publish demo.1@1", "collect at 1", "publish demo.1@2", "collect at 2", "publish demo.1@3"]
-    ahead = ["publish demo.1@0", "collect at 0", "collect at 0"]
-    ahead += ["publish demo.1@1", "collect at 1", "publish demo.1@2", "publish demo.1@3"]
-    assert services.events == [on_policy, ahead][staleness]
+    assert services.events == [" ".join(event.split()) for event in ORDER[staleness].split(",")]
     rows = read_rows(run.directory / "metrics.jsonl")
-    assert [row["rollout/staleness_mean"] for row in rows] == [[0, 0, 0], [0, 1, 1]][staleness]
+    ages = [min(step, staleness) for step in range(5)]
+    assert [row["rollout/staleness_mean"] for row in rows] == ages
+    assert [row["rollout/staleness_max"] for row in rows] == ages
+
+
+def test_a_response_begun_by_old_weights_goes_on_under_new_ones_and_each_token_is_corrected_for_its_own(make) -> None:
+    loop, services, run, _ = make(total_steps=6, max_staleness=2)
+    services.num_at_once = MAX_TOKENS // 2
+    go(loop, run)
+    rows = read_rows(run.directory / "metrics.jsonl")
+    ages = [min(step, 2) for step in range(6)]
+    assert [row["rollout/staleness_max"] for row in rows] == ages
+    assert [row["rollout/staleness_mean"] for row in rows] == [age / 2 for age in ages]
+    assert [row["rollout/stale_token_share"] for row in rows] == [0.5 if age else 0.0 for age in ages]
+    assert all(row["rollout/token_share_age_0"] == (0.5 if age else 1.0) for row, age in zip(rows, ages, strict=True))
+    for row, age in zip(rows, ages, strict=True):
+        # The same model drew and trained: without age there is only arithmetic between them.
+        assert row["mismatch/logprob_abs_max_age_0"] < 1e-4
+        assert row["mismatch/ratio_mean_age_0"] == pytest.approx(1.0, abs=1e-5)
+        if age:
+            assert row[f"mismatch/logprob_abs_mean_age_{age}"] > 1e-3
+            assert row["mismatch/logprob_abs_max"] == row[f"mismatch/logprob_abs_max_age_{age}"]
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"]
 
 
 class Killed(BaseException):
@@ -206,7 +282,7 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_bit_by_bit(make, death: in
         if services.image.version.step == death:
             raise Killed
 
-    services.before_collect = die
+    services.before_result = die
     with pytest.raises(Killed):
         go(loop, run)
 
@@ -221,11 +297,60 @@ def test_a_killed_trainer_goes_on_from_its_checkpoint_bit_by_bit(make, death: in
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_with_staleness_a_killed_trainer_trains_on_the_same_prompts_in_the_same_order(make) -> None:
+    settings = {"total_steps": 8, "max_staleness": 2, "save_every_steps": 3}
+    loop, services, whole, _ = make("whole", **settings)
+    go(loop, whole)
+    prompts = services.prompts
+
+    loop, services, run, _ = make("killed", **settings)
+    calls = iter(range(8))
+
+    def die() -> None:
+        if next(calls) == 4:  # batches 5 and 6 are under way
+            raise Killed
+
+    services.before_result = die
+    with pytest.raises(Killed):
+        go(loop, run)
+    assert services.events[-1] == "collect 6 at 4"
+    assert all(future.cancelled() for future in services.begun[5:])
+
+    loop, services, run, _ = make("killed", run_id="demo.2", **settings)
+    go(loop, run)
+    assert services.events[:5] == [
+        "publish demo.2@3",
+        *(f"collect {step} at 3" for step in (3, 4, 5)),  # what was under way is begun again
+        "update 3",
+    ]
+    assert [event for event in services.events if "update" in event] == [f"update {step}" for step in range(3, 8)]
+    assert services.prompts == {step: prompts[step] for step in range(3, 8)}
+    rows = read_rows(run.directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["episode"] for row in rows] == [16 * step for step in range(1, 9)]
+    assert [row["rollout/staleness_max"] for row in rows] == [0, 1, 2, 0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed"])
+def test_a_job_that_ends_early_leaves_nothing_under_way(make, end: str) -> None:
+    asked = threading.Event()
+    loop, services, run, _ = make(stop=asked.is_set, max_staleness=3, total_steps=8)
+    calls = iter([lambda: None, asked.set if end == "cancelled" else lambda: setattr(services, "num_drops", 16)])
+    services.before_result = lambda: next(calls)()
+    if end == "cancelled":
+        assert go(loop, run).steps == 2
+    else:
+        with pytest.raises(RuntimeError, match="16 of 16 samples were dropped"):
+            go(loop, run)
+    assert len(services.begun) == (6 if end == "cancelled" else 5)
+    assert all(future.cancelled() for future in services.begun[2:])
+
+
 def test_a_cancelled_job_saves_and_can_go_on(make) -> None:
     asked = threading.Event()
     loop, services, run, _ = make(stop=asked.is_set, save_every_steps=100)
     steps = iter([None, None, asked.set])
-    services.before_collect = lambda: (next(steps) or (lambda: None))()
+    services.before_result = lambda: (next(steps) or (lambda: None))()
     result = go(loop, run)
     assert (result.steps, result.stopped, result.model_directory) == (3, True, None)
     assert not (run.directory / "model").exists()

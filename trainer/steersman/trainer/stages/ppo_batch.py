@@ -22,17 +22,20 @@ from steersman.trainer.stages.ppo_config import PpoConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTensors:
-    """What came over the network. Zero where masked."""
+    """What came over the network. Zero where masked. `ages_BT` are the steps between the weights that drew a token and
+    those that are trained on it.
+    """
 
     mask_BT: Tensor  # noqa: N815
+    ages_BT: Tensor  # noqa: N815
     behaviour_BT: Tensor  # noqa: N815
     ref_BT: Tensor  # noqa: N815
     scores_B: Tensor  # noqa: N815
     ended_B: Tensor  # noqa: N815
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], device: torch.device) -> "RolloutTensors":
-        """The tensors of `rollouts`, row by row."""
+    def of(cls, rollouts: Sequence[Rollout], device: torch.device, *, step: int) -> "RolloutTensors":
+        """The tensors of `rollouts`, row by row, to be trained on at `step`."""
         lengths_B = torch.tensor([len(rollout.response_ids) for rollout in rollouts])
         mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
 
@@ -43,6 +46,7 @@ class RolloutTensors:
 
         return cls(
             mask_BT=mask_BT.to(device),
+            ages_BT=padded([step - rollout.token_steps for rollout in rollouts]).int(),
             behaviour_BT=padded([rollout.behaviour_logprobs for rollout in rollouts]),
             ref_BT=padded([rollout.ref_logprobs for rollout in rollouts]),
             scores_B=torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float32, device=device),
@@ -87,10 +91,8 @@ def make_targets(
     explained = explained_variance(values_BT, returns_BT, mask_BT)
     if config.whiten_advantages:
         advantages_BT = whiten(advantages_BT, mask_BT)
-    weights_BT, mismatch = truncated_importance_weights(old_BT, data.behaviour_BT, mask_BT, cap=config.importance_cap)
-    num_tokens = float(mask_BT.sum())
-    difference_BT = torch.where(mask_BT, old_BT - data.behaviour_BT, 0.0).abs()
-    metrics = {
+    weights_BT, mismatch = importance_weights(data, old_BT, cap=config.importance_cap)
+    metrics = mismatch | {
         "objective/kl": float(kl_BT.sum(1).mean()),
         "objective/entropy": float(-torch.where(mask_BT, old_BT, 0.0).sum(1).mean()),
         "objective/non_score_reward": float(non_score_B.mean()),
@@ -101,12 +103,7 @@ def make_targets(
         "val/explained_variance": float(explained),
         "val/values_avg": float(masked_mean(values_BT, mask_BT)),
         "val/num_eos_tokens": float(data.ended_B.sum()),
-        "mismatch/logprob_abs_mean": float(mismatch["behaviour/abs_diff"]) / num_tokens,
-        "mismatch/logprob_abs_max": float(difference_BT.max()),
-        "mismatch/kl": float(mismatch["behaviour/kl"]) / num_tokens,
-        "tis/ratio_mean": float(mismatch["behaviour/ratio"]) / num_tokens,
-        "tis/capped_share": float(mismatch["behaviour/capfrac"]) / num_tokens,
-        "rollout/response_length_mean": num_tokens / len(mask_BT),
+        "rollout/response_length_mean": float(mask_BT.sum()) / len(mask_BT),
         "rollout/response_length_max": float(mask_BT.shape[1]),
         "rollout/ended_share": float(data.ended_B.float().mean()),
     }
@@ -120,3 +117,46 @@ def make_targets(
         ref_BT=data.ref_BT,
     )
     return targets, metrics
+
+
+def importance_weights(data: RolloutTensors, old_BT: Tensor, *, cap: float | None) -> tuple[Tensor, dict[str, float]]:
+    """The truncated importance weight `[B, T]` of each token, of the trainer's log-probs `old_BT` against those under
+    the weights that drew it; and the metrics that say how far apart the two are.
+
+    Engine and trainer differ in their arithmetic, and where the token is older than the update also in their weights.
+    So the same measures are given over all tokens, and for each age that occurs, with the suffix `_age_0` and so on:
+    age 0 shows arithmetic alone, what is above it in the others comes from staleness.
+    """
+    mask_BT, ages_BT = data.mask_BT, data.ages_BT
+    weights_BT, sums = truncated_importance_weights(old_BT, data.behaviour_BT, mask_BT, cap=cap)
+    weights_T, ages_T = weights_BT[mask_BT], ages_BT[mask_BT].double()
+    metrics = _mismatch_means(sums, int(mask_BT.sum()), suffix="") | {
+        "mismatch/logprob_abs_max": float(_difference(data, old_BT, mask_BT).max()),
+        # Kish's effective sample size: 1 if all weights are alike.
+        "tis/effective_share": float(weights_T.sum().square() / weights_T.square().sum() / len(weights_T)),
+        "rollout/staleness_mean": float(ages_T.mean()),
+        "rollout/staleness_max": float(ages_T.max()),
+        "rollout/stale_token_share": float((ages_T > 0).double().mean()),
+    }
+    for age in torch.unique(ages_T.int()).tolist():
+        of_age_BT = mask_BT & (ages_BT == age)
+        _, sums = truncated_importance_weights(old_BT, data.behaviour_BT, of_age_BT, cap=cap)
+        metrics |= _mismatch_means(sums, int(of_age_BT.sum()), suffix=f"_age_{age}") | {
+            f"mismatch/logprob_abs_max_age_{age}": float(_difference(data, old_BT, of_age_BT).max()),
+            f"rollout/token_share_age_{age}": float(of_age_BT.sum()) / len(ages_T),
+        }
+    return weights_BT, metrics
+
+
+def _difference(data: RolloutTensors, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return torch.where(mask_BT, old_BT - data.behaviour_BT, 0.0).abs()
+
+
+def _mismatch_means(sums: dict[str, Tensor], num_tokens: int, *, suffix: str) -> dict[str, float]:
+    names = {
+        "mismatch/logprob_abs_mean": "behaviour/abs_diff",
+        "mismatch/kl": "behaviour/kl",
+        "mismatch/ratio_mean": "behaviour/ratio",
+        "tis/capped_share": "behaviour/capfrac",
+    }
+    return {name + suffix: float(sums[key]) / num_tokens for name, key in names.items()}

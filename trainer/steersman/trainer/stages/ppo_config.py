@@ -122,10 +122,12 @@ class PpoConfig(_Settings):
         description="Padded tokens whose activations may be alive at once when a batch is one optimizer step: so many "
         "need one forward pass instead of two. Default: 16,384 on a CPU, one micro-batch elsewhere.",
     )
-    max_staleness: Literal[0, 1] = Field(
+    max_staleness: int = Field(
         default=1,
-        description="0: responses are drawn by the weights that they train. 1: the next batch is drawn during the "
-        "update, by weights up to one step older; importance weights correct for it.",
+        ge=0,
+        description="How many steps the weights that draw a token may be behind those that are trained on it. "
+        "0: generation and update take turns. N: up to N batches to come are drawn during the updates, and importance "
+        "weights correct each token.",
     )
 
     optimizer: OptimizerConfig = Field(default_factory=_ppo_optimizer, description="Of the actor.")

@@ -84,7 +84,7 @@ class PpoLearner:
         if not rollouts:
             raise ValueError("rollouts are empty, at least one is needed")
         config = self._config
-        data = RolloutTensors.of(rollouts, self._device)
+        data = RolloutTensors.of(rollouts, self._device, step=step)
         single = config.num_epochs == 1 and config.num_minibatches == 1
         old_BT, values_BT = torch.zeros_like(data.ref_BT), torch.zeros_like(data.ref_BT)
         pending: list[tuple[_Micro, _Outputs | None]] = []

@@ -1,19 +1,15 @@
 """The PPO job: rollouts, update, push, again.
 
-Order of a step with `max_staleness` 0, and with 1 (the generation of the next batch overlaps the update):
-
-    0:  [collect k][update k][push k+1][collect k+1]...
-    1:  [collect k][update k        ][push k+1][update k+1]...
-                   [collect k+1 ..............]
-
-With 1, tokens of batch k+1 come from weights k until the push, which switches running requests without aborting
-them, and from weights k+1 after it; every token carries the log-prob under the weights that drew it, so the
-truncated importance weight corrects each one by itself. Overlap is the default: on separate machines it hides the
-shorter of generation and update completely.
+The loop trains on batch after batch, in order; which ones are drawn meanwhile is the business of `ppo_pipeline`. With
+`max_staleness` 0 generation and update take turns. With more, batches to come are drawn while the models are updated,
+by weights up to so many steps old; every token carries the log-prob under the weights that drew it, so the truncated
+importance weight corrects each one by itself. On separate machines that hides the shorter of generation and update.
 
 Resume: a checkpoint holds models, optimizers, random states, the KL controller and the counters as of the end of a
 step; prompts are a function of seed and step. The first act of every start is to publish the weights, under a run
-id of its own ("demo.2").
+id of its own ("demo.2"). With `max_staleness` 0 a resumed run is the uninterrupted one to the bit, given the same
+samples. With more, it trains on the same prompts in the same order, but batches that were under way or ready are
+drawn again, by the weights of the checkpoint: their first tokens are younger than they would have been.
 """
 
 import logging
@@ -43,18 +39,17 @@ from steersman.trainer.checkpoint.models import (
 )
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
-from steersman.trainer.data.encode import Encoder
-from steersman.trainer.data.load import load_prompts
-from steersman.trainer.data.order import EpochOrder
-from steersman.trainer.data.settings import DataSettings
-from steersman.trainer.rollout.types import Prompt, Rollout, RolloutBatch, describe_drops
+from steersman.trainer.rollout.types import Rollout, RolloutBatch, describe_drops
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
+from steersman.trainer.stages.ppo_pipeline import RolloutPipeline, require_fresh
+from steersman.trainer.stages.ppo_prompts import PromptStream
 from steersman.trainer.stages.ppo_services import GrpcServices, Services
 from steersman.trainer.stages.run import Run
+from steersman.trainer.weights.attempt import next_attempt
 from steersman.trainer.weights.image import WeightImage
-from steersman.trainer.weights.publisher import PublishReport, next_attempt
+from steersman.trainer.weights.report import PublishReport
 from steersman.wire.identity import WeightVersion
 
 _log = logging.getLogger(__name__)
@@ -87,8 +82,9 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     attempt = next_attempt(run.directory)
-    revision = None if config.tokenizer else config.actor.revision
-    tokenizer = load_tokenizer(config.tokenizer or str(config.actor.path), revision=revision)
+    tokenizer = load_tokenizer(
+        config.tokenizer or str(config.actor.path), revision=None if config.tokenizer else config.actor.revision
+    )
     actor, critic = load_models(config, tokenizer)
     require_savable(actor, tokenizer)
     learner = PpoLearner(actor, critic, config)
@@ -108,37 +104,6 @@ def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     for model in (actor, critic):
         placement.move(model, fast_linear=config.fast_linear)
     return actor, critic
-
-
-class PromptStream:
-    """The prompts of each step: a function of the seed and the step."""
-
-    def __init__(
-        self,
-        data: DataSettings,
-        config: PpoConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        salt: int = 0,
-    ) -> None:
-        records, _ = load_prompts(data)
-        encoder = Encoder(
-            tokenizer=tokenizer,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_response_tokens=config.sampling.max_tokens,
-            transcript=config.transcript,
-        )
-        self._ids = encoder.prompts([record.prompt for record in records])
-        self._texts = [record.prompt if isinstance(record.prompt, str) else "" for record in records]
-        self._order = EpochOrder(len(records), batch_size=batch_size, seed=config.seed + salt)
-
-    def batch(self, step: int) -> list[Prompt]:
-        """The prompts of `step`, counted from 0."""
-        return [
-            Prompt(index=index, token_ids=np.array(self._ids[record], np.int32), text=self._texts[record])
-            for index, record in enumerate(self._order.batch(step))
-        ]
 
 
 class PpoLoop:
@@ -182,12 +147,13 @@ class PpoLoop:
         torch.manual_seed(config.seed)
         self._resume()
         try:
-            self._publish()
-            pending: Future[RolloutBatch] | None = None
-            while self._step < config.total_steps:
-                if self._run.stop_requested():
-                    raise Stopped
-                pending = self._train_step(pending)
+            with self._pipeline() as pipeline:
+                self._publish()
+                pipeline.published(self._step)
+                while self._step < config.total_steps:
+                    if self._run.stop_requested():
+                        raise Stopped
+                    self._train_step(pipeline)
         except Stopped:
             self._checkpoint()
             return PpoResult(steps=self._step, stopped=True, model_directory=None, metrics=self._metrics)
@@ -212,32 +178,41 @@ class PpoLoop:
                 raise Stopped
             self._progress(self._services.waiting() or what)
 
-    def _train_step(self, pending: "Future[RolloutBatch] | None") -> "Future[RolloutBatch] | None":
-        """One batch; gives the next one, already under way if staleness allows or if there is none to wait for."""
+    def _pipeline(self) -> RolloutPipeline:
+        def begin(step: int, oldest_step: int) -> "Future[RolloutBatch]":
+            # The step is the priority too: what is trained on first is drawn first.
+            return self._services.collect(self._prompts.batch(step), oldest_step=oldest_step, priority=step)
+
+        return RolloutPipeline(
+            begin,
+            first_step=self._step,
+            total_steps=self._config.total_steps,
+            max_staleness=self._config.max_staleness,
+        )
+
+    def _train_step(self, pipeline: RolloutPipeline) -> None:
+        """Trains on the next batch, publishes what came of it, and begins the batches that this allows."""
         config, step = self._config, self._step
         self._seconds = {}
         started = time.monotonic()
-        ahead: Future[RolloutBatch] | None = None
+        num_ready = pipeline.num_ready
         with self._timed("rollout"):
-            batch = self.wait_for(pending or self._services.collect(self._prompts.batch(step)), "generating")
-        if config.max_staleness > 0 and step + 1 < config.total_steps:
-            ahead = self._services.collect(self._prompts.batch(step + 1))
-        try:
-            self._require_enough(batch)
-            self._progress("updating")
-            with self._timed("update"):
-                metrics = self._learner.update(batch.rollouts, step=step, kl_coef=self._kl.coefficient)
-            self._kl.update(metrics["objective/kl"], len(batch.rollouts))
-            self._step = step + 1
-            self._num_samples += len(batch.rollouts)
-            self._num_dropped += len(batch.drops)
-            report = self._publish()
-            evaluated = self._evaluate()
-        except BaseException:
-            if ahead is not None:
-                ahead.cancel()
-            raise
+            batch = self.wait_for(pipeline.take(), "generating")
+        self._require_enough(batch)
+        require_fresh(batch, run_id=self._run_id, oldest_step=pipeline.oldest_step(step), step=step)
+        self._progress("updating")
+        with self._timed("update"):
+            metrics = self._learner.update(batch.rollouts, step=step, kl_coef=self._kl.coefficient)
+        self._kl.update(metrics["objective/kl"], len(batch.rollouts))
+        self._step = step + 1
+        self._num_samples += len(batch.rollouts)
+        self._num_dropped += len(batch.drops)
+        report = self._publish()
+        # Before more is begun: the loop waits for the evaluation.
+        evaluated = self._evaluate()
+        pipeline.published(self._step)
         metrics |= self._rollout_metrics(batch, report) | evaluated
+        metrics["rollout/ready_batches"] = float(num_ready)
         metrics |= self._time_metrics(time.monotonic() - started, len(batch.rollouts))
         self._metrics = metrics
         self._run.log(self._step, metrics)
@@ -245,7 +220,6 @@ class PpoLoop:
         if self._step % config.save_every_steps == 0:
             self._checkpoint()
         self._progress(f"reward {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
-        return ahead
 
     def _publish(self) -> PublishReport:
         with self._timed("push"):
@@ -260,7 +234,8 @@ class PpoLoop:
         if self._step % settings.every_steps and self._step != self._config.total_steps:
             return {}
         with self._timed("evaluation"):
-            batch = self.wait_for(self._services.collect(self._held_out.batch(0)), "evaluating")
+            collected = self._services.collect(self._held_out.batch(0), oldest_step=self._step)
+            batch = self.wait_for(collected, "evaluating")
         self._require_enough(batch)
         rollouts = batch.rollouts
         return {
@@ -278,14 +253,13 @@ class PpoLoop:
             )
 
     def _rollout_metrics(self, batch: RolloutBatch, report: PublishReport) -> dict[str, float]:
-        trained = self._step - 1
         return {
             "episode": float(self._num_samples),
             "rollout/dropped": float(len(batch.drops)),
             "rollout/dropped_total": float(self._num_dropped),
             "rollout/resent": float(batch.num_resent),
+            "rollout/stale_redrawn": float(batch.num_stale),
             "rollout/seconds": batch.seconds,
-            "rollout/staleness_mean": float(np.mean([trained - rollout.token_steps.min() for rollout in batch.rollouts])),
             "push/bytes": float(report.pushed_bytes),
             "push/delta_share": report.delta_share,
             "push/pause_seconds": report.pause_seconds,
@@ -372,4 +346,4 @@ def _kl_controller(config: PpoConfig) -> KLController:
     return AdaptiveKLController(coefficient=settings.coefficient, target=settings.target, horizon=settings.horizon)
 
 
-__all__ = ["PpoLoop", "PpoResult", "PromptStream", "Stopped", "load_models", "run_ppo"]
+__all__ = ["PpoLoop", "PpoResult", "Stopped", "load_models", "run_ppo"]
