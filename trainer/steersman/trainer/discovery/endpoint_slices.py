@@ -39,6 +39,8 @@ _REFUSALS_BEFORE_GIVING_UP: Final = 4
 _REFUSALS: Final = frozenset({401, 403, 404})
 
 Connect = Callable[[str, str | None], SliceApi]
+Pause = Callable[[threading.Event, float], object]
+"""Waits so many seconds, or until the event is set."""
 
 
 def connect_cluster(service: str, namespace: str | None) -> SliceApi:
@@ -56,11 +58,17 @@ class EndpointSliceDiscovery:
     """The ready endpoints of one Service."""
 
     def __init__(
-        self, address: ServiceAddress, *, connect: Connect = connect_cluster, backoff: Backoff | None = None
+        self,
+        address: ServiceAddress,
+        *,
+        connect: Connect = connect_cluster,
+        backoff: Backoff | None = None,
+        pause: Pause = threading.Event.wait,
     ) -> None:
         self._address = address
         self._connect = connect
         self._backoff = backoff or Backoff(initial_seconds=0.5, max_seconds=30.0)
+        self._pause = pause
         self.problem = ""
 
     @property
@@ -87,7 +95,7 @@ class EndpointSliceDiscovery:
         def note(problem: str) -> None:
             self.problem = problem
 
-        watcher = _Watcher(self._address, self._connect, self._backoff, show, note)
+        watcher = _Watcher(self._address, self._connect, self._backoff, self._pause, show, note)
         watcher.start()
         shown: Targets | None = None
         try:
@@ -109,6 +117,7 @@ class _Watcher(threading.Thread):
         address: ServiceAddress,
         connect: Connect,
         backoff: Backoff,
+        pause: Pause,
         show: Callable[[Targets | Exception], None],
         note: Callable[[str], None],
     ) -> None:
@@ -117,6 +126,7 @@ class _Watcher(threading.Thread):
         self._address = address
         self._connect = connect
         self._backoff = backoff
+        self._pause = pause
         self._show = show
         self._note = note
         self._stopped = threading.Event()
@@ -144,7 +154,7 @@ class _Watcher(threading.Thread):
                     if self._stopped.is_set():
                         return
                     wait_seconds = self._fails(problem)
-                self._stopped.wait(wait_seconds)
+                self._pause(self._stopped, wait_seconds)
         except Exception as error:  # refused for good, or a defect: whoever waits must hear of it
             self._show(error)
         finally:
