@@ -22,6 +22,7 @@ from steersman.wire.status import DETAILS_TRAILER, encode_details
 
 REQUEST_ID_KEY: Final = "x-request-id"
 _VALID_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_FOREIGN: Final = "/grpc."
 _STATUS_OF: Final = {status.value[0]: status for status in grpc.StatusCode}
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,10 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps the methods of Steersman's own services; health and reflection pass as they are."""
+    """Wraps the methods that servicers of ours answer; health and reflection pass as they are."""
 
-    def __init__(self, metrics: Metrics, own_package: str = "/steersman.") -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._own_package = own_package
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -44,7 +44,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Returns the handler of the method with everything around it."""
         handler: Any = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(self._own_package):
+        if handler is None or method.startswith(_FOREIGN):
             return cast(Handler, handler)
         name = method.rpartition("/")[2]
         if handler.response_streaming:
@@ -119,12 +119,14 @@ def translate(error: Exception, identifier: str) -> SteersmanError:
     return SteersmanError(Reason.INTERNAL, f"internal error; the server's log has it under request id {identifier}")
 
 
-def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+def accept_request_id(given: str | None) -> str:
     """The caller's request id, or a new one if it sent none that is safe to log."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _VALID_REQUEST_ID.fullmatch(value):
-            return value
-    return uuid.uuid4().hex[:16]
+    return given if given is not None and _VALID_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:16]
+
+
+def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    given = [value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY]
+    return accept_request_id(given[0] if given and isinstance(given[0], str) else None)
 
 
 def _reset(token: Any) -> None:
