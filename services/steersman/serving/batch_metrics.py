@@ -8,11 +8,16 @@ from steersman.serving.metrics import COUNT_BUCKETS, TOKEN_BUCKETS, Metrics
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRecord:
-    """What one batch was like. Times are in seconds; `queue_s` is how long its oldest item waited."""
+    """What one batch was like. Times are in seconds; `queue_s` is how long its oldest item waited.
+
+    `num_tokens` are those of its items. It computed `num_padding_tokens` more, and `num_shared_tokens` fewer, which
+    several items have in common.
+    """
 
     num_items: int
     num_tokens: int
-    num_padded_tokens: int
+    num_padding_tokens: int
+    num_shared_tokens: int
     queue_s: float
     run_s: float
     num_failed: int
@@ -38,8 +43,11 @@ class BatchMetrics:
         self._depth = metrics.gauge("queue_depth", "Items that wait to be run.", labels)
         self._items = metrics.histogram("batch_items", "Items of a batch.", labels, COUNT_BUCKETS)
         self._tokens = metrics.histogram("batch_tokens", "Tokens of a batch, padding left out.", labels, TOKEN_BUCKETS)
-        self._tokens_total = metrics.counter("batched_tokens", "Tokens run, padding left out.", labels)
+        self._tokens_total = metrics.counter("batched_tokens", "Tokens of the items run, padding left out.", labels)
         self._padding_total = metrics.counter("padding_tokens", "Padding run: the waste of batching.", labels)
+        self._shared_total = metrics.counter(
+            "shared_tokens", "Tokens not run, because an item of the same batch begins with the same.", labels
+        )
         self._failed_total = metrics.counter("batched_items_failed", "Items that failed when run.", labels)
         self._queue_seconds = metrics.histogram(
             "batch_queue_seconds", "Longest wait of an item of a batch, in seconds.", labels
@@ -58,6 +66,7 @@ class _LabelledObserver:
         self._tokens = metrics._tokens.labels(batcher)
         self._tokens_total = metrics._tokens_total.labels(batcher)
         self._padding_total = metrics._padding_total.labels(batcher)
+        self._shared_total = metrics._shared_total.labels(batcher)
         self._failed_total = metrics._failed_total.labels(batcher)
         self._queue_seconds = metrics._queue_seconds.labels(batcher)
         self._run_seconds = metrics._run_seconds.labels(batcher)
@@ -69,7 +78,8 @@ class _LabelledObserver:
         self._items.observe(record.num_items)
         self._tokens.observe(record.num_tokens)
         self._tokens_total.inc(record.num_tokens)
-        self._padding_total.inc(record.num_padded_tokens - record.num_tokens)
+        self._padding_total.inc(record.num_padding_tokens)
+        self._shared_total.inc(record.num_shared_tokens)
         self._failed_total.inc(record.num_failed)
         self._queue_seconds.observe(record.queue_s)
         self._run_seconds.observe(record.run_s)

@@ -4,7 +4,8 @@ Invariants:
 
 - every admitted item ends exactly once: with a result, an error, or its own cancellation;
 - an item whose caller is gone (cancelled, past its deadline) before it was cut into a batch is never run;
-- a batch never holds more padded tokens (longest item x items) than the budget, unless it holds one item only;
+- a batch never computes more tokens (padding counted, common beginnings counted once where the model computes them
+  once) than the budget, unless it holds one item only;
 - an item fails alone: a batch that raises is run again in halves until the bad items are by themselves;
 - no starvation: a lane is served in waves, a wave is a first-come prefix of the lane, and an item that arrives
   later never enters a wave before those in front of it. Bulk gets at least one batch after every
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Generic, TypeVar
 
+from steersman.serving.arrangement import Arrangement, ByLength, Cut, worth_padding
 from steersman.serving.batch_metrics import BatchObserver, BatchRecord
 from steersman.serving.batch_settings import BatchingSettings
 from steersman.wire.errors import Reason, SteersmanError, queue_full, unavailable
@@ -64,7 +66,7 @@ class _Entry(Generic[ItemT, ResultT]):
 
 @dataclass(slots=True)
 class _Lane(Generic[ItemT, ResultT]):
-    """Items of one priority: those waiting in order of arrival, and the present wave, shortest first."""
+    """Items of one priority: those waiting in order of arrival, and the present wave, what runs next at the end."""
 
     queue: "deque[_Entry[ItemT, ResultT]]" = field(default_factory=deque)
     wave: "list[_Entry[ItemT, ResultT]]" = field(default_factory=list)
@@ -77,43 +79,35 @@ class _Lane(Generic[ItemT, ResultT]):
         self.queue = deque(entry for entry in self.queue if not entry.future.done())
         self.wave = [entry for entry in self.wave if not entry.future.done()]
 
-    def refill(self, max_tokens: int) -> None:
+    def refill(self, arrangement: Arrangement[ItemT], max_tokens: int) -> None:
         """Starts the next wave with a prefix of the queue."""
-        num_tokens = 0
+        taken, num_tokens = [], 0
         while self.queue and num_tokens < max_tokens:
             entry = self.queue.popleft()
-            num_tokens += entry.num_tokens
-            self.wave.append(entry)
-        self.wave.sort(key=lambda entry: entry.num_tokens)
+            if not entry.future.done():
+                num_tokens += entry.num_tokens
+                taken.append(entry)
+        order = arrangement.order([entry.item for entry in taken], [entry.num_tokens for entry in taken])
+        self.wave = [taken[index] for index in reversed(order)]
 
-    def cut(self, settings: BatchingSettings) -> "list[_Entry[ItemT, ResultT]]":
-        """Takes the longest items of the wave, as many as fit and are worth padding. Skips abandoned ones."""
-        batch: list[_Entry[ItemT, ResultT]] = []
-        limit = settings.max_batch_items
-        while self.wave and len(batch) < limit:
+    def cut(self, arrangement: Arrangement[ItemT], settings: BatchingSettings) -> "_Batch[ItemT, ResultT]":
+        """Takes the next items of the wave, as many as make a good batch. Skips abandoned ones."""
+        head: list[_Entry[ItemT, ResultT]] = []
+        while self.wave and len(head) < settings.max_batch_items:
             entry = self.wave.pop()
-            if entry.future.done():
-                continue
-            if not batch:
-                limit = max(1, min(limit, settings.batch_tokens // max(1, entry.num_tokens)))
-            batch.append(entry)
-        keep = worth_padding([entry.num_tokens for entry in batch], settings.batch_overhead_tokens)
-        self.wave.extend(reversed(batch[keep:]))
-        return batch[:keep]
+            if not entry.future.done():
+                head.append(entry)
+        if not head:
+            return _Batch()
+        cut = arrangement.cut([entry.item for entry in head], [entry.num_tokens for entry in head], settings)
+        self.wave.extend(reversed(head[cut.num_items :]))
+        return _Batch(head[: cut.num_items], cut)
 
 
-def worth_padding(lengths: Sequence[int], overhead_tokens: int) -> int:
-    """How many of `lengths` (descending) to run as one batch, when each batch costs `overhead_tokens` besides.
-
-    Splitting at i pads the items from i on to `lengths[i]` rather than to `lengths[0]`. The best split is taken if it
-    saves more than a batch costs.
-    """
-    best, best_saving = len(lengths), overhead_tokens
-    for index in range(1, len(lengths)):
-        saving = (lengths[0] - lengths[index]) * (len(lengths) - index)
-        if saving > best_saving:
-            best, best_saving = index, saving
-    return best
+@dataclass(slots=True)
+class _Batch(Generic[ItemT, ResultT]):
+    entries: "list[_Entry[ItemT, ResultT]]" = field(default_factory=list)
+    cut: Cut = field(default_factory=lambda: Cut(num_items=0))
 
 
 def fail_after(future: "asyncio.Future[ResultT]", timeout_s: float) -> None:
@@ -131,9 +125,9 @@ def fail_after(future: "asyncio.Future[ResultT]", timeout_s: float) -> None:
 class Batcher(Generic[ItemT, ResultT]):
     """Collects items from many callers and runs them in batches on a thread of its own.
 
-    Create it on the event loop whose callers it serves. `run` gets the items of a batch, longest first, and returns
-    one result an item in the same order; a result that is an exception fails its item. It is only ever called on the
-    worker thread, one call at a time.
+    Create it on the event loop whose callers it serves. `run` gets the items of a batch, in the order of the
+    arrangement (longest first, unless told otherwise), and returns one result an item in the same order; a result that
+    is an exception fails its item. It is only ever called on the worker thread, one call at a time.
     """
 
     def __init__(
@@ -143,10 +137,12 @@ class Batcher(Generic[ItemT, ResultT]):
         *,
         name: str,
         observer: BatchObserver | None = None,
+        arrangement: Arrangement[ItemT] | None = None,
     ) -> None:
         self.name = name
         self._run = run
         self._settings = settings
+        self._arrangement: Arrangement[ItemT] = arrangement or ByLength()
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
@@ -272,21 +268,21 @@ class Batcher(Generic[ItemT, ResultT]):
 
     def _work(self) -> None:
         try:
-            while batch := self._next_batch():
+            while (batch := self._next_batch()).entries:
                 self._execute(batch)
         finally:
             self._fail_the_rest()
 
-    def _next_batch(self) -> "list[_Entry[ItemT, ResultT]]":
+    def _next_batch(self) -> "_Batch[ItemT, ResultT]":
         """Waits for items and cuts a batch; an empty one when closed."""
-        batch: list[_Entry[ItemT, ResultT]] = []
+        batch: _Batch[ItemT, ResultT] = _Batch()
         with self._condition:
-            while not batch and self._wait_for_items():
+            while not batch.entries and self._wait_for_items():
                 lane = self._choose_lane()
                 if not lane.wave:
-                    lane.refill(WAVE_BATCHES * self._settings.batch_tokens)
+                    lane.refill(self._arrangement, WAVE_BATCHES * self._settings.batch_tokens)
                     self._calls_expected, self._calls_waiting = max(1, self._calls_waiting), 0
-                batch = lane.cut(self._settings)
+                batch = lane.cut(self._arrangement, self._settings)
             waiting = self._num_waiting()
         if self._observer is not None:
             self._observer.queue_changed(waiting)
@@ -324,25 +320,27 @@ class Batcher(Generic[ItemT, ResultT]):
         self._streak = 0
         return bulk
 
-    def _execute(self, batch: "list[_Entry[ItemT, ResultT]]") -> None:
+    def _execute(self, batch: "_Batch[ItemT, ResultT]") -> None:
+        entries, cut = batch.entries, batch.cut
         started = self._busy_since = time.monotonic()
-        outcomes = self._run_isolated(batch)
+        outcomes = self._run_isolated(entries)
         run_s = time.monotonic() - started
         self._busy_since = None
-        num_tokens = sum(entry.num_tokens for entry in batch)
+        num_tokens = sum(entry.num_tokens for entry in entries)
         rate = num_tokens / max(run_s, 1e-6)
         self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate
         if self._observer is not None:
             record = BatchRecord(
-                num_items=len(batch),
+                num_items=len(entries),
                 num_tokens=num_tokens,
-                num_padded_tokens=batch[0].num_tokens * len(batch),
-                queue_s=started - min(entry.queued_at for entry in batch),
+                num_padding_tokens=cut.num_padding_tokens,
+                num_shared_tokens=cut.num_shared_tokens,
+                queue_s=started - min(entry.queued_at for entry in entries),
                 run_s=run_s,
                 num_failed=sum(isinstance(outcome, Exception) for outcome in outcomes),
             )
             self._observer.batch_done(record)
-        self._post(batch, outcomes)
+        self._post(entries, outcomes)
 
     def _run_isolated(self, batch: "list[_Entry[ItemT, ResultT]]") -> "list[ResultT | Exception]":
         """Runs a batch; if it raises, its halves, down to single items, whose errors are their own."""

@@ -309,7 +309,7 @@ async def test_the_observer_sees_depth_size_and_padding():
     assert max(recorder.depths) == 2
     assert recorder.depths[-1] == 0
     record = recorder.records[1]
-    assert (record.num_items, record.num_tokens, record.num_padded_tokens) == (2, 50, 80)
+    assert (record.num_items, record.num_tokens, record.num_padding_tokens, record.num_shared_tokens) == (2, 50, 30, 0)
     assert record.num_failed == 0
     assert record.queue_s >= 0
 
