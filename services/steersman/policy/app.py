@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import grpc
 
-from steersman.policy.engine.location import locate
 from steersman.policy.engine.options import prepare_environment, runs_on_cpu
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine, GenerationRequest
 from steersman.policy.handler import GenerationHandler
@@ -18,6 +17,7 @@ from steersman.policy.weights.checkpoint import Checkpoint
 from steersman.policy.weights.relay import Relay
 from steersman.policy.weights.service import WeightServicer
 from steersman.policy.weights.store import WeightSource, WeightStore
+from steersman.serving.location import locate
 from steersman.serving.metrics import Metrics
 from steersman.serving.service import EngineDead
 from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
@@ -100,7 +100,7 @@ async def build(settings: PolicySettings, metrics: Metrics) -> PolicyService:
     wrong.
     """
     on_cpu = runs_on_cpu()
-    options = settings.engine_options(locate(settings.model, settings.revision), on_cpu=on_cpu)
+    options = settings.engine_options(locate("model", settings.model, settings.revision), on_cpu=on_cpu)
     checkpoint = Checkpoint(options.model)
     prepare_environment(options, on_cpu=on_cpu)
     # Only now: vLLM and torch read the environment when they are imported.

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from steersman.policy.engine.location import Location
 from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.weights.relay import RelayRules
+from steersman.serving.location import Location
 from steersman.serving.settings import ServerSettings
 
 

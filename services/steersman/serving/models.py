@@ -6,7 +6,6 @@ Imports torch and transformers; a server imports it only after its settings are 
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from steersman.serving import linear
+from steersman.serving.location import locate, locate_tokenizer
+from steersman.serving.tokenization import trusted
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +40,16 @@ _TOKENIZER_FILES: Final = (
     "spiece.model",
 )
 
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _CGROUP_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model that was found: what to load it by, a name for callers, and its revision."""
+    """A model that was found: the folder to load it from, a name for callers, and its revision."""
 
     source: str
     name: str
     revision: str
-    hub_revision: str | None = None
 
 
 def find_checkpoint(field: str, model: str, revision: str | None = None) -> Checkpoint:
@@ -62,25 +60,8 @@ def find_checkpoint(field: str, model: str, revision: str | None = None) -> Chec
 
     Raises `ValueError` if there is no such model.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{field}: is {model!r}, which has no config.json, allowed: a checkpoint in HF layout")
-        return Checkpoint(source=str(folder), name=folder.resolve().name, revision=digest_folder(folder))
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise ValueError(f"{field}: is {model!r}, which does not exist, allowed: a checkpoint folder, or a hub id")
-    try:
-        config = cached_file(model, "config.json", revision=revision)
-    except OSError as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"{field}: is {model!r}, which cannot be loaded: {first_line}") from None
-    commit = Path(str(config)).parent.name
-    return Checkpoint(
-        source=model,
-        name=model,
-        revision=commit if _COMMIT.fullmatch(commit) else "unknown",
-        hub_revision=revision,
-    )
+    found = locate(field, model, revision)
+    return Checkpoint(source=str(found.folder), name=found.name, revision=found.commit or digest_folder(found.folder))
 
 
 def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str, device: torch.device) -> Any:
@@ -91,7 +72,7 @@ def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str, 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model, loading = auto_class.from_pretrained(
-            found.source, revision=found.hub_revision or "main", dtype=dtype, output_loading_info=True
+            found.source, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"{field}: cannot be loaded by {auto_class.__name__}: {error}") from None
@@ -105,17 +86,18 @@ def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str, 
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
-    """The tokenizer in a checkpoint folder or of a hub model; None if there is none."""
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    """The tokenizer in a checkpoint folder or of a hub model; None if it has none, or none that can be read.
+
+    Raises `ValueError` if there is no such folder or hub model.
+    """
+    folder = locate_tokenizer("tokenizer", source, revision).folder
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        return trusted(AutoTokenizer.from_pretrained(folder), folder)
     except (OSError, ValueError, KeyError, TypeError):
         logger.warning("no tokenizer could be loaded from %s", source, exc_info=True)
         return None
-    # What transformers makes up for a hub model without tokenizer files knows next to nothing.
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 def digest_folder(folder: Path) -> str:

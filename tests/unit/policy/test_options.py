@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from steersman.policy.engine import model_files, options
-from steersman.policy.engine.location import Location
 from steersman.policy.engine.options import EngineOptions, prepare_environment
 from steersman.policy.settings import PolicySettings
+from steersman.serving.location import Location
 from steersman.serving.settings import SettingsError
 
 

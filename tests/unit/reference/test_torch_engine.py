@@ -204,5 +204,5 @@ def test_a_wrong_setting_is_named(changes, message):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"which has no config\.json"):
+    with pytest.raises(ValueError, match=r"which holds no config\.json"):
         TorchLogprobEngine.load(ReferenceSettings(model=str(tmp_path), num_threads=1))

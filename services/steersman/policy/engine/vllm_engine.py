@@ -29,7 +29,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-from steersman.policy.engine import model_files, orphans, plugin, tokenization
+from steersman.policy.engine import model_files, orphans, plugin
 from steersman.policy.engine.options import BLOCK_TOKENS, EngineOptions
 from steersman.policy.engine.port import (
     Activation,
@@ -45,6 +45,7 @@ from steersman.policy.engine.port import (
 )
 from steersman.policy.engine.spans import VersionTracker
 from steersman.policy.engine.streams import groups_of, merge, stream_interval
+from steersman.serving.tokenization import trusted
 from steersman.wire.identity import ModelInfo, WeightVersion
 
 _LOG = logging.getLogger(__name__)
@@ -286,7 +287,7 @@ def _read_tokenizer(llm: AsyncLLM, options: EngineOptions) -> Any:
     if llm.model_config.skip_tokenizer_init:
         return None
     found: Any = llm.get_tokenizer()
-    tokenizer = tokenization.trusted(found, options.model)
+    tokenizer = trusted(found, options.model)
     if tokenizer is not found:
         llm.output_processor.tokenizer = tokenizer
     return tokenizer

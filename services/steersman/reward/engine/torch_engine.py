@@ -114,7 +114,7 @@ class TorchScoreEngine:
 
 
 def _load_classifier(field: str, found: Checkpoint, dtype: str, device: torch.device) -> Any:
-    config = AutoConfig.from_pretrained(found.source, revision=found.hub_revision or "main")
+    config = AutoConfig.from_pretrained(found.source)
     if config.num_labels != 1:
         raise ValueError(f"{field}: has {config.num_labels} labels, allowed: a sequence classifier with 1 label")
     return load_pretrained(field, AutoModelForSequenceClassification, found, dtype, device)

@@ -11,8 +11,8 @@ An actor and a scalar head of the same architecture name their backbone's tensor
 from the other's files; what is missing (the head) is drawn from the seed.
 """
 
-import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from steersman.serving.location import Location, locate, locate_tokenizer
+from steersman.serving.tokenization import trusted
 from steersman.trainer.checkpoint.atomic import CheckpointError, atomic_directory
 from steersman.trainer.checkpoint.source import ModelSource
 
@@ -152,9 +154,9 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
     """The tokenizer at ``path`` (a directory or hub id). CheckpointError if there is none or it has no EOS
     token.
     """
-    _require_directory(path)
+    folder = _folder(locate_tokenizer, "tokenizer", path, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        tokenizer = trusted(AutoTokenizer.from_pretrained(folder), folder)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"no tokenizer can be loaded from {path!r}: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -261,11 +263,10 @@ def _config_from_scratch(settings: dict[str, Any], tokenizer: PreTrainedTokenize
 
 def _from_pretrained(factory: Any, source: ModelSource, *, with_info: bool = False, **settings: Any) -> Any:
     path = cast(str, source.path)
-    _require_directory(path)
+    folder = _folder(locate, "checkpoint", path, source.revision)
     try:
         return factory.from_pretrained(
-            path,
-            revision=source.revision or "main",
+            folder,
             dtype=torch.float32,
             use_safetensors=True,  # pickled weights are never read
             output_loading_info=with_info,
@@ -275,13 +276,11 @@ def _from_pretrained(factory: Any, source: ModelSource, *, with_info: bool = Fal
         raise CheckpointError(f"no model can be loaded from {path!r}: {_first_line(error)}") from error
 
 
-def _require_directory(path: str) -> None:
-    """A hub id is one or two words; whatever else looks like a path must exist, before the hub is asked about
-    it.
-    """
-    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().is_dir():
-        raise CheckpointError(f"checkpoint {path!r} is missing: no such directory")
+def _folder(find: Callable[[str, str, str | None], Location], field: str, path: str, revision: str | None) -> Path:
+    try:
+        return find(field, path, revision).folder
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _require_same_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, model_type: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
-from steersman.policy.engine.tokenization import trusted
+from steersman.serving.tokenization import trusted
 
 WORDS = {"<pad>": 0, "<eos>": 1, "up": 2, "down": 3}
 
@@ -24,6 +24,14 @@ def written(tmp_path: Path) -> PreTrainedTokenizerFast:
 
 
 def test_a_tokenizer_that_agrees_with_its_file_stays(written: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    assert trusted(found, tmp_path) is found
+
+
+def test_truncation_left_in_the_file_is_no_difference(written: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    stored = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    stored.enable_truncation(2)
+    stored.save(str(tmp_path / "tokenizer.json"))
     found = AutoTokenizer.from_pretrained(tmp_path)
     assert trusted(found, tmp_path) is found
 

@@ -25,6 +25,9 @@ def trusted(tokenizer: Any, folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     stated = Tokenizer.from_file(str(path))
+    # The file may keep how its last user cut and padded; every call says that anew.
+    stated.no_truncation()
+    stated.no_padding()
     probe = stated.decode(list(range(min(stated.get_vocab_size(), _NUM_PROBED)))) + _PROBE
     if tokenizer.encode(probe, add_special_tokens=False) == stated.encode(probe, add_special_tokens=False).ids:
         return tokenizer
