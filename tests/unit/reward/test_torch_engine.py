@@ -8,10 +8,16 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    JambaConfig,
+    JambaForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
@@ -73,6 +79,120 @@ def test_scores_of_ragged_rows(kind, config):
     scores = TorchScoreEngine(model, INFO).score(rows)
     np.testing.assert_allclose(scores, plain_loop(model, rows), atol=1e-5)
     assert len(set(scores)) == len(scores)
+
+
+def family(seed: int = 5) -> list[np.ndarray]:
+    """A conversation of two turns with several answers at each, one of them twice, and a stranger."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(3, VOCAB, count, dtype=np.int32)
+
+    prompt, turn = tokens(20), tokens(18)
+    answers = [np.concatenate([prompt, tokens(length)]) for length in (1, 9, 30)]
+    later = [np.concatenate([prompt, turn, tokens(length)]) for length in (5, 14)]
+    return [
+        answers[0],
+        later[0],
+        tokens(33),
+        answers[1],
+        answers[1],
+        np.concatenate([prompt, turn]),
+        later[1],
+        answers[2],
+    ]
+
+
+PLAIN_CAUSAL = [
+    (Qwen2ForSequenceClassification, Qwen2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)),
+    (LlamaForSequenceClassification, LlamaConfig(**SIZES, pad_token_id=0)),
+    (
+        GPT2ForSequenceClassification,
+        GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), PLAIN_CAUSAL, ids=["qwen2", "llama", "gpt2"])
+def test_shared_beginnings_are_computed_once_and_change_nothing(kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    rows = family()
+    engine = TorchScoreEngine(model, INFO)
+    assert engine.shares_prefixes
+    computed: list[int] = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, named: computed.append(named["input_ids"].numel()), with_kwargs=True
+    )
+    scores = engine.score(rows)
+    hook.remove()
+    assert computed == [20 + 18 + 1 + 9 + 30 + 5 + 14 + 33]
+    np.testing.assert_allclose(scores, plain_loop(model, rows), atol=1e-5)
+    np.testing.assert_allclose(scores, engine.score(rows[::-1])[::-1], atol=1e-5)
+    apart = TorchScoreEngine(model, INFO, share_prefixes=False)
+    assert not apart.shares_prefixes
+    np.testing.assert_allclose(scores, apart.score(rows), atol=1e-5)
+
+
+def test_answers_longer_than_a_chunk_of_queries():
+    model = tiny_qwen(max_position_embeddings=1024)
+    rng = np.random.default_rng(1)
+    prompt = rng.integers(1, VOCAB, 300, dtype=np.int32)
+    rows = [np.concatenate([prompt, rng.integers(1, VOCAB, length, dtype=np.int32)]) for length in (600, 256, 257, 3)]
+    engine = TorchScoreEngine(model, ModelInfo(name="tiny", vocab_size=VOCAB, max_sequence_tokens=1024))
+    assert engine.shares_prefixes
+    np.testing.assert_allclose(engine.score(rows), plain_loop(model, rows), atol=1e-5)
+
+
+def test_shared_beginnings_in_bfloat16():
+    model = tiny_qwen().bfloat16()
+    rows = family()
+    engine = TorchScoreEngine(model, INFO)
+    assert engine.shares_prefixes
+    apart = TorchScoreEngine(model, INFO, share_prefixes=False)
+    np.testing.assert_allclose(engine.score(rows), apart.score(rows), atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (
+            Qwen2ForSequenceClassification,
+            Qwen2Config(
+                **SIZES, num_key_value_heads=2, pad_token_id=0, use_sliding_window=True, sliding_window=50,
+                max_window_layers=1,
+            ),
+        ),
+        (
+            MistralForSequenceClassification,
+            MistralConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, sliding_window=50),
+        ),
+        (
+            Gemma2ForSequenceClassification,
+            Gemma2Config(
+                **SIZES, num_key_value_heads=2, pad_token_id=0, head_dim=8, layer_types=["full_attention"] * 2
+            ),
+        ),
+        (BertForSequenceClassification, BertConfig(**SIZES, pad_token_id=0)),
+        (
+            JambaForSequenceClassification,
+            JambaConfig(
+                **SIZES, num_key_value_heads=2, pad_token_id=0, use_mamba_kernels=False, attn_layer_period=2,
+                attn_layer_offset=1, num_experts=1, num_experts_per_tok=1, mamba_d_state=4, mamba_dt_rank=4,
+            ),
+        ),
+    ],
+    ids=["a-sliding-layer", "a-sliding-window", "soft-capped-scores", "an-encoder", "a-recurrent-layer"],
+)  # fmt: skip
+def test_models_that_do_more_than_plain_causal_attention_share_nothing(kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    rows = family()
+    expected = plain_loop(model, rows)
+    engine = TorchScoreEngine(model, INFO)
+    assert not engine.shares_prefixes
+    np.testing.assert_allclose(engine.score(rows), expected, atol=1e-4)
+    np.testing.assert_allclose(plain_loop(model, rows), expected, atol=1e-6)
 
 
 def test_the_last_token_counts_even_if_it_is_the_padding_id():

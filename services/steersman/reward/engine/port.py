@@ -35,6 +35,11 @@ class ScoreEngine(Protocol):
         """What the model's configuration says; the identity by default."""
         ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what rows of a call begin with in common is computed once, and nothing is padded."""
+        ...
+
     def score(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         """The raw score of each row of token ids, in order. Values are not checked: a broken model gives NaN."""
         ...

@@ -5,10 +5,14 @@ bfloat16 head would round scores to two or three digits.
 
 The last token is the last one that was given. Transformers' own forward pass takes the last one that is not the padding
 id, which is another token when responses end with EOS and EOS is also the padding id.
+
+Three ways to compute, the first that gives what the model's own forward pass gives: rows packed one behind the other,
+common beginnings once (plain causal attention); rows padded on the right (other causal models); the model's own pass.
 """
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,7 +32,12 @@ from steersman.serving.models import (
     pad_token_id,
     sequence_limit,
 )
+from steersman.serving.packed_attention import NotPackableError, packed, run_pack
+from steersman.serving.packing import pack_rows
+from steersman.serving.prefixes import MIN_SHARED_TOKENS
 from steersman.wire.identity import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 # Difference to the model's own forward pass, relative to the size of its scores, that rounding explains.
 _TOLERANCE: Final = 1e-3
@@ -38,20 +47,25 @@ _TOLERANCE_HALF: Final = 0.05
 class TorchScoreEngine:
     """A sequence classifier with one label, in evaluation mode, on one device."""
 
-    def __init__(self, model: Any, info: ModelInfo, *, normalization: Normalization | None = None) -> None:
-        """`model` is a `PreTrainedModel` for sequence classification."""
+    def __init__(
+        self, model: Any, info: ModelInfo, *, normalization: Normalization | None = None, share_prefixes: bool = True
+    ) -> None:
+        """`model` is a `PreTrainedModel` for sequence classification; its attention is exchanged if packs are right."""
         self.model = info
         self.normalization = normalization or Normalization()
         # How the model was trained to see text, if it says so: see `steersman.reward.text`.
         self.encoding: str | None = getattr(model.config, "reward_encoding", None)
         self._classifier = model.eval()
         self.device = next(model.parameters()).device
+        self.parameter_bytes: int = sum(parameter.nbytes for parameter in model.parameters())
         self._pad_id = pad_token_id(model.config)
         head = getattr(model, "score", None)
         self._head_weight = head.weight.detach().float() if isinstance(head, torch.nn.Linear) else None
         self._head_bias = head.bias.detach().float() if head is not None and head.bias is not None else None
         self._transformer = model.base_model
-        self._reads_last_token = self._head_weight is not None and self._agrees_with_model()
+        self._expected = self._probe()
+        self._reads_last_token = self._head_weight is not None and self._agrees_with_model(self._score_last_token)
+        self.shares_prefixes = share_prefixes and self._reads_last_token and self._can_pack()
 
     @classmethod
     def load(cls, field: str, settings: ModelScorerSettings) -> "TorchScoreEngine":
@@ -67,19 +81,30 @@ class TorchScoreEngine:
             dtype=str(model.dtype).removeprefix("torch."),
             eos_token_ids=eos_token_ids(model),
         )
-        return cls(model, info, normalization=read_normalization(f"{field}.model", model.config))
+        normalization = read_normalization(f"{field}.model", model.config)
+        return cls(model, info, normalization=normalization, share_prefixes=settings.share_prefixes)
 
     @torch.inference_mode()
     def score(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         """See `ScoreEngine.score`."""
+        if self.shares_prefixes:
+            return self._score_packed(rows)
         return self._score_last_token(rows) if self._reads_last_token else self._score_by_model(rows)
 
+    def _score_packed(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
+        pack = pack_rows(rows)
+        hidden = run_pack(self._transformer, pack, self.device)
+        return self._read_head(hidden[torch.from_numpy(pack.last).to(self.device)])
+
     def _score_last_token(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
-        assert self._head_weight is not None
         hidden = self._transformer(input_ids=pad_rows(rows, self._pad_id, self.device), use_cache=False)
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        hidden_last = hidden.last_hidden_state[torch.arange(len(rows), device=self.device), last].float()
-        scores = torch.nn.functional.linear(hidden_last, self._head_weight, self._head_bias)
+        return self._read_head(hidden.last_hidden_state[torch.arange(len(rows), device=self.device), last])
+
+    def _read_head(self, hidden_last: torch.Tensor) -> list[float]:
+        """Scores of the last hidden states [rows, hidden size]."""
+        assert self._head_weight is not None
+        scores = torch.nn.functional.linear(hidden_last.float(), self._head_weight, self._head_bias)
         return list(scores.squeeze(-1).tolist())
 
     def _score_by_model(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
@@ -93,17 +118,35 @@ class TorchScoreEngine:
         logits = self._classifier(input_ids=input_ids, attention_mask=mask.to(self.device)).logits
         return list(logits[:, 0].float().tolist())
 
-    @torch.inference_mode()
-    def _agrees_with_model(self) -> bool:
-        """Whether reading the last token gives what the model's own forward pass gives, padding or not."""
-        usable = [token for token in range(min(12, self.model.vocab_size)) if token != self._pad_id]
-        long = np.array(usable, np.int32)[: self.model.max_sequence_tokens]
-        rows = [long, long[: max(1, len(long) // 2)]]
+    def _can_pack(self) -> bool:
+        """Whether packs give what the model's own forward pass gives; the model keeps the attention for them then."""
         try:
-            fast = self._score_last_token(rows)
+            with packed(self._classifier):
+                if self._agrees_with_model(self._score_packed):
+                    return True
+                raise NotPackableError("scores of a pack differ")
+        except (NotPackableError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            logger.info("rows are padded, and share nothing: %s", error)
+            return False
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[list[NDArray[np.int32]], list[float]]:
+        """Rows that share their beginnings in several ways, and the model's own scores, one row at a time."""
+        usable = [token for token in range(min(12, self.model.vocab_size)) if token != self._pad_id]
+        ids = np.resize(np.array(usable, np.int32), 3 * MIN_SHARED_TOKENS)
+        shared, middle = ids[:MIN_SHARED_TOKENS], ids[:-5]
+        rows = [ids, middle, np.concatenate([shared, ids[::-1][:7]]), np.concatenate([middle, ids[3:12]]), ids[4:9]]
+        rows = [row[: self.model.max_sequence_tokens] for row in rows]
+        return rows, [self._score_by_model([row])[0] for row in rows]
+
+    @torch.inference_mode()
+    def _agrees_with_model(self, score: Callable[[Sequence[NDArray[np.int32]]], list[float]]) -> bool:
+        """Whether a way to compute gives what the model's own forward pass gives, row by row."""
+        rows, own = self._expected
+        try:
+            fast = score(rows)
         except (TypeError, AttributeError, RuntimeError):
             return False
-        own = [self._score_by_model([row])[0] for row in rows]
         tolerance = _TOLERANCE if self._classifier.dtype == torch.float32 else _TOLERANCE_HALF
         scale = max(1.0, *(abs(score) for score in own))
         # Weights that give NaN either way agree: such a model is reported when it is used.
