@@ -77,9 +77,10 @@ def begin_request(
     base_version: WeightVersion | None,
     partial: bool,
     idle_timeout_seconds: float,
+    digest: bytes = b"",
 ) -> weights_pb2.BeginPushRequest:
     """The request that opens a push."""
-    request = weights_pb2.BeginPushRequest(version=version_to_proto(version), partial=partial)
+    request = weights_pb2.BeginPushRequest(version=version_to_proto(version), partial=partial, digest=digest)
     if base_version is not None:
         request.base_version.CopyFrom(version_to_proto(base_version))
     for spec in manifest:
@@ -175,11 +176,14 @@ class AsyncWeightClient(AsyncClient):
         *,
         base_version: WeightVersion | None = None,
         partial: bool = False,
+        digest: bytes = b"",
         idle_timeout_seconds: float = 60.0,
         timeout: float | None = None,
     ) -> Push:
-        """Opens a push. `manifest` lists all tensors in ascending order of name; the rest as in BeginPushRequest."""
-        request = begin_request(version, manifest, base_version, partial, idle_timeout_seconds)
+        """Opens a push. `manifest` lists all tensors in ascending order of name; the rest as in BeginPushRequest. With
+        `digest`, of the weights that the version will have, WEIGHT_VERSION_STALE tells of other ones under its name.
+        """
+        request = begin_request(version, manifest, base_version, partial, idle_timeout_seconds, digest)
         return _push(await self._call(self._stub.BeginPush, request, timeout))
 
     async def push(
@@ -262,11 +266,12 @@ class WeightClient(Client):
         *,
         base_version: WeightVersion | None = None,
         partial: bool = False,
+        digest: bytes = b"",
         idle_timeout_seconds: float = 60.0,
         timeout: float | None = None,
     ) -> Push:
         """Opens a push; as `AsyncWeightClient.begin`."""
-        request = begin_request(version, manifest, base_version, partial, idle_timeout_seconds)
+        request = begin_request(version, manifest, base_version, partial, idle_timeout_seconds, digest)
         return _push(self._call(self._stub.BeginPush, request, timeout))
 
     def push(

@@ -12,6 +12,7 @@ from steersman.client import AsyncWeightClient, ChannelSettings
 from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.publisher import Publisher
+from steersman.trainer.weights.settings import PublishSettings
 from steersman.wire.errors import Reason, SteersmanError, unavailable
 from steersman.wire.identity import WeightVersion
 
@@ -67,7 +68,8 @@ async def fleet(
         return AsyncWeightClient(target, settings=once, timeout=10.0)
 
     targets = [replica.target for replica in replicas]
-    publisher = Publisher(connect, targets=targets, run_id=RUN, encoding=encoding, sleep=no_sleep)
+    settings = PublishSettings(encoding=encoding)
+    publisher = Publisher(connect, targets=targets, run_id=RUN, settings=settings, sleep=no_sleep)
     try:
         async with asyncio.timeout(60):
             yield publisher, replicas
@@ -142,7 +144,7 @@ async def test_a_replica_that_restarted_between_pushes_gets_all_weights_and_the_
     assert holds(other, third)
 
 
-async def test_a_replica_that_missed_a_version_gets_all_weights() -> None:
+async def test_a_replica_that_missed_a_version_gets_one_difference_after_the_other() -> None:
     one = service()
     first, second, third = images(3)
     async with fleet(one) as (publisher, _):
@@ -150,7 +152,7 @@ async def test_a_replica_that_missed_a_version_gets_all_weights() -> None:
         one.faults["begin"] = [unavailable("away")] * 3
         assert (await publisher.publish(second)).failures
         await publisher.publish(third)
-    assert begins(one)[-1] == f"{RUN}@2"
+    assert begins(one)[-2:] == [f"{RUN}@1 from {RUN}@0", f"{RUN}@2 from {RUN}@1"]
     assert holds(one, third)
 
 

@@ -31,6 +31,7 @@ from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.publisher import Publisher
 from steersman.trainer.weights.report import PublishReport
+from steersman.trainer.weights.settings import PublishSettings
 from steersman.wire.identity import ModelInfo
 
 T = TypeVar("T")
@@ -158,7 +159,7 @@ class GrpcServices:
             targets=settings.policies,
             backoff=self._backoff,
             waits=self._waits,
-            encoding=PushEncoding(settings.push_encoding),
+            settings=PublishSettings(encoding=PushEncoding(settings.push_encoding)),
         )
         self._collector = Collector(
             [GrpcPolicy(client=client) for client in self._policies],

@@ -12,8 +12,9 @@ from enum import StrEnum
 from typing import Final
 
 from steersman.client.types import WeightChunk, WeightEncoding
-from steersman.trainer.weights.image import Manifest, WeightImage
+from steersman.trainer.weights.image import DensePart, Manifest, WeightImage
 from steersman.wire.weights.chunks import DeltaOptions, Encoding, delta_chunks
+from steersman.wire.weights.delta import Profile
 from steersman.wire.weights.digest import chunk_checksum
 
 MIN_DELTA_CHUNK_BYTES: Final = 1024
@@ -26,7 +27,6 @@ _LARGE_ELEMENTS: Final = 1 << 14
 # More than one: embeddings, which come first, may change otherwise than layers.
 _NUM_TRIALS: Final = 3
 _LOOKAHEAD_SPANS: Final = 2
-_ENCODINGS: Final = {Encoding.DENSE: WeightEncoding.DENSE, Encoding.SPARSE_DELTA: WeightEncoding.SPARSE_DELTA}
 
 
 class PushEncoding(StrEnum):
@@ -38,6 +38,8 @@ class PushEncoding(StrEnum):
     """All elements. The version before is not kept."""
     DELTA = "delta"
     """Changed elements wherever that is smaller, however long it takes."""
+    COMPACT = "compact"
+    """As DELTA, in a quarter fewer bytes at a third of the speed: for wide-area links."""
 
 
 @dataclass(kw_only=True)
@@ -57,13 +59,11 @@ class Tally:
         self.elements += other.elements
         self.delta_elements += other.delta_elements
 
-    def count(self, chunks: Iterator[WeightChunk]) -> Iterator[WeightChunk]:
-        """The same chunks, counted as they pass."""
-        for chunk in chunks:
-            self.elements += chunk.num_elements
-            if chunk.encoding is WeightEncoding.SPARSE_DELTA:
-                self.delta_elements += chunk.num_elements
-            yield chunk
+    def count(self, part: WeightChunk | DensePart) -> None:
+        """Adds one chunk, sent or to be sent."""
+        self.elements += part.num_elements
+        if isinstance(part, WeightChunk) and part.encoding is WeightEncoding.SPARSE_DELTA:
+            self.delta_elements += part.num_elements
 
 
 def difference(
@@ -74,31 +74,33 @@ def difference(
     encoding: PushEncoding,
     max_bytes: int,
     threads: Executor,
-) -> Iterator[WeightChunk]:
-    """Chunks that turn `base` into `new` at a replica with this manifest: every element once, in ascending order.
+) -> Iterator[WeightChunk | DensePart]:
+    """What turns `base` into `new` at a replica with this manifest: every element once, in ascending order.
 
     `max_bytes`, the data of one chunk, is at least MIN_DELTA_CHUNK_BYTES. Encoded ahead in `threads`; memory beyond
     the chunk in hand: one tensor of each image where the replica's type is another than the image's, and two spans.
     """
-    density = 1.0 if encoding is PushEncoding.DELTA else _MAX_DENSITY
-    options = DeltaOptions(max_chunk_bytes=max_bytes, max_density=density)
-    num_dense, is_worth_it = 0, encoding is PushEncoding.DELTA
+    is_worth_it = encoding in (PushEncoding.DELTA, PushEncoding.COMPACT)
+    options = DeltaOptions(
+        profile=Profile.COMPACT if encoding is PushEncoding.COMPACT else Profile.FAST,
+        max_chunk_bytes=max_bytes,
+        max_density=1.0 if is_worth_it else _MAX_DENSITY,
+    )
+    num_dense = 0
     for index, spec in enumerate(manifest):
         if num_dense >= _NUM_TRIALS and not is_worth_it:
-            yield from new.chunks_of(index, spec, max_bytes=max_bytes)
+            yield from new.parts(index, spec, max_bytes=max_bytes)
             continue
         before, after = base.elements(spec), new.elements(spec)
         num_delta = 0
         for chunk in delta_chunks(before, after, options=options, executor=threads, lookahead=_LOOKAHEAD_SPANS):
-            num_delta += chunk.num_elements if chunk.encoding is Encoding.SPARSE_DELTA else 0
-            yield WeightChunk(
-                tensor_index=index,
-                element_offset=chunk.element_offset,
-                num_elements=chunk.num_elements,
-                data=chunk.data,
-                checksum=chunk_checksum(chunk.data),
-                encoding=_ENCODINGS[chunk.encoding],
-            )
+            where = {"tensor_index": index, "element_offset": chunk.element_offset, "num_elements": chunk.num_elements}
+            if chunk.encoding is Encoding.DENSE:
+                yield DensePart(**where)
+                continue
+            num_delta += chunk.num_elements
+            checksum = chunk_checksum(chunk.data)
+            yield WeightChunk(**where, data=chunk.data, checksum=checksum, encoding=WeightEncoding.SPARSE_DELTA)
         if after.size >= _LARGE_ELEMENTS:
             if 2 * num_delta >= after.size:
                 is_worth_it = True

@@ -11,6 +11,7 @@ layout and element type; one image serves replicas of different types.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,17 @@ from steersman.wire.weights import manifest as shared
 from steersman.wire.weights.digest import WeightDigest, chunk_checksum
 
 Manifest = tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensePart:
+    """Elements of one tensor of a manifest that travel as they are. Made into a chunk when it is sent: until then the
+    image holds them already.
+    """
+
+    tensor_index: int
+    element_offset: int
+    num_elements: int
 
 
 class WeightImage:
@@ -83,23 +95,28 @@ class WeightImage:
     def chunks(self, manifest: Sequence[TensorSpec], *, max_bytes: int) -> Iterator[WeightChunk]:
         """The weights as dense chunks of at most `max_bytes`, each converted only when it is asked for."""
         for index, spec in enumerate(manifest):
-            yield from self.chunks_of(index, spec, max_bytes=max_bytes)
+            for part in self.parts(index, spec, max_bytes=max_bytes):
+                yield self.chunk(part, spec)
 
-    def chunks_of(self, index: int, spec: TensorSpec, *, max_bytes: int) -> Iterator[WeightChunk]:
-        """The chunks of one tensor, number `index` of the manifest."""
-        dtype = getattr(torch, spec.dtype)
-        step = max(1, max_bytes // dtype.itemsize)
-        flat = self._tensors[spec.name].reshape(-1)
-        for start in range(0, len(flat), step):
-            part = flat[start : start + step]
-            data = _bits(part.to(dtype)).tobytes()
-            yield WeightChunk(
-                tensor_index=index,
-                element_offset=start,
-                num_elements=len(part),
-                data=data,
-                checksum=chunk_checksum(data),
-            )
+    def parts(self, index: int, spec: TensorSpec, *, max_bytes: int) -> Iterator[DensePart]:
+        """All of one tensor, number `index` of the manifest, in parts of at most `max_bytes`."""
+        size = self._tensors[spec.name].numel()
+        step = max(1, max_bytes // getattr(torch, spec.dtype).itemsize)
+        for start in range(0, size, step):
+            yield DensePart(tensor_index=index, element_offset=start, num_elements=min(step, size - start))
+
+    def chunk(self, part: DensePart, spec: TensorSpec) -> WeightChunk:
+        """The dense chunk of a part of the tensor `spec`."""
+        start = part.element_offset
+        elements = self._tensors[spec.name].reshape(-1)[start : start + part.num_elements]
+        data = _bits(elements.to(getattr(torch, spec.dtype))).tobytes()
+        return WeightChunk(
+            tensor_index=part.tensor_index,
+            element_offset=start,
+            num_elements=part.num_elements,
+            data=data,
+            checksum=chunk_checksum(data),
+        )
 
 
 def _shared(manifest: Sequence[TensorSpec]) -> shared.Manifest:

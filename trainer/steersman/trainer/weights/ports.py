@@ -51,9 +51,10 @@ class WeightPort(Protocol):
         manifest: Sequence[TensorSpec],
         *,
         base_version: WeightVersion | None = None,
+        digest: bytes = b"",
         idle_timeout_seconds: float = 60.0,
     ) -> Push:
-        """Opens a push; deltas apply to `base_version`."""
+        """Opens a push of weights with this digest; deltas apply to `base_version`."""
         ...
 
     def push(self, push_id: str, chunks: AsyncIterator[WeightChunk]) -> Awaitable[PushReceipt]:

@@ -2,26 +2,30 @@
 
 Invariants:
 
+- At most one transaction of ours is under way at a replica, whoever asked for it.
 - What a replica serves is ours only if its digest is, whatever it calls the version.
-- A delta goes only to a replica that says that it serves the version before, with that version's digest; after any
-  doubt about its base, all weights go. What is staged is proven by the digest of all weights either way.
+- A delta goes only to a replica that says that it serves the version which the delta starts from, with that version's
+  digest; after any doubt about its base, all weights go. What is staged is proven by the digest of all weights either
+  way.
 - A push that fails is aborted: else half of it would hold the replica until its lease ends.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Final
 
-from steersman.client.types import KvCachePolicy, WeightSnapshot, WeightState
-from steersman.trainer.weights.cargo import DeltaCargo, FullCargo
+from steersman.client.types import KvCachePolicy, Push, WeightSnapshot
+from steersman.trainer.weights.cargo import EncodedDelta, FullCargo
 from steersman.trainer.weights.delivery import Cargo, Delivered, Recipient
-from steersman.trainer.weights.encode import MIN_DELTA_CHUNK_BYTES, PushEncoding, Tally
+from steersman.trainer.weights.encode import Tally
+from steersman.trainer.weights.history import DeltaHistory
 from steersman.trainer.weights.image import Manifest, WeightImage
-from steersman.trainer.weights.ports import WeightPort, WeightsRefused
-from steersman.wire.errors import Reason, SteersmanError
+from steersman.trainer.weights.ports import FINAL_REFUSALS, WeightPort, WeightsRefused
+from steersman.wire.errors import Reason, SteersmanError, unavailable
+from steersman.wire.identity import WeightVersion
 from steersman.wire.limits import WEIGHT_CHUNK_BYTES
 
 _log = logging.getLogger(__name__)
@@ -38,8 +42,6 @@ _DELTA_REFUSALS: Final = frozenset(
 )
 # In a row, after which a replica gets no more: an older server does not know deltas.
 _MAX_DELTA_REFUSALS: Final = 3
-# A trainer that is killed between two calls holds a replica for so long; between chunks pass milliseconds.
-_LEASE_SECONDS: Final = 20.0
 _ABORT_SECONDS: Final = 5.0
 
 Send = Callable[[Cargo, Recipient], Awaitable[Delivered]]
@@ -55,24 +57,43 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What a replica is driven to, from what it may be driven there by a delta, and how."""
+class Staged:
+    """Weights that wait at a replica, or serve there already.
 
-    image: WeightImage
-    base: WeightImage | None
-    encoding: PushEncoding
-    threads: Executor
+    Attributes:
+        digest: of all of them.
+        is_active: they serve there.
+        push_id: of the push that brought them; empty if that is not known any more.
+    """
+
+    digest: bytes
+    is_active: bool = False
+    push_id: str = ""
 
 
 class Replica:
-    """One replica. `lock` is held by whoever drives it: at most one push of ours is under way there."""
+    """One replica.
 
-    def __init__(self, port: WeightPort, send: Send, *, kv_cache: KvCachePolicy) -> None:
+    Args:
+        port: how to reach it.
+        send: carries chunks to it.
+        history: what it may get instead of all weights.
+        lease_seconds: how long the replica keeps a push of which nothing is heard, staged ones included.
+    """
+
+    def __init__(
+        self, port: WeightPort, send: Send, history: DeltaHistory, *, kv_cache: KvCachePolicy, lease_seconds: float
+    ) -> None:
         self.port = port
-        self.lock = asyncio.Lock()
         self.progress = Progress()
+        self.image: WeightImage | None = None
         self._send = send
+        self._history = history
         self._kv_cache = kv_cache
+        self._lease_seconds = lease_seconds
+        self._lock = asyncio.Lock()
+        self._is_closed = False
+        self._limit: asyncio.Timeout | None = None
         self._num_delta_refusals = 0
 
     @property
@@ -80,10 +101,45 @@ class Replica:
         """Which replica."""
         return self.port.target
 
-    async def stage(self, wanted: Wanted) -> bytes | None:
-        """Leaves the wanted weights staged and returns their digest; None if they are active already."""
+    @asynccontextmanager
+    async def transaction(self, image: WeightImage) -> AsyncIterator[None]:
+        """Holds the replica for what leads to `image`; others wait. `stop` ends it with a SteersmanError that another
+        try may mend; a refusal for good is raised as WeightsRefused.
+        """
+        async with self._lock:
+            if self._is_closed:
+                raise unavailable(f"{self.target} is no replica any more")
+            try:
+                async with asyncio.timeout(None) as self._limit:
+                    self.image = image
+                    yield
+            except TimeoutError:
+                raise unavailable(
+                    f"the push of {image.version} to {self.target} was given up for a newer one"
+                ) from None
+            except SteersmanError as error:
+                if error.reason in FINAL_REFUSALS:
+                    raise WeightsRefused(f"{self.target} refuses {image.version}: {error}") from error
+                raise
+            finally:
+                self.image, self._limit = None, None
+
+    def stop(self) -> None:
+        """Ends the transaction under way, if there is one."""
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    async def close(self) -> None:
+        """Ends the transaction under way, refuses others, and closes the port."""
+        self._is_closed = True
+        self.stop()
+        async with self._lock:
+            await self.port.close()
+
+    async def stage(self, image: WeightImage) -> Staged:
+        """Leaves the weights of `image` staged, if they are not active already. Within a `transaction`."""
         state = await self.port.state(include_manifest=True)
-        image, manifest = wanted.image, state.manifest
+        manifest = state.manifest
         try:
             image.check(manifest)
         except ValueError as error:
@@ -91,62 +147,82 @@ class Replica:
         digest = await asyncio.to_thread(image.digest, manifest)
         if state.active.version == image.version:
             self._require_ours(state.active, digest)
-            return None
-        staged = state.staged
-        if staged is None or staged.version != image.version or staged.digest != digest:
-            base = await self._base(wanted, state)
-            if base is None or not await self._push_difference(wanted, base, manifest, digest):
-                await self._push(wanted, None, manifest, digest)
-        return digest
+            return Staged(digest=digest, is_active=True)
+        if (staged := state.staged) and staged.version == image.version and staged.digest == digest:
+            return Staged(digest=digest)
+        if self._num_delta_refusals < _MAX_DELTA_REFUSALS:
+            route = await self._history.route(manifest, state.active, image.version)
+            if route and (there := await self._push_route(route, digest)) is not None:
+                return there
+        return await self._push_all(image, manifest, digest)
 
-    async def activate(self, image: WeightImage, digest: bytes) -> None:
-        """Switches to the staged weights of `image`."""
-        activation = await self.port.activate(image.version, kv_cache=self._kv_cache)
+    async def activate(self, version: WeightVersion, digest: bytes) -> None:
+        """Switches to what is staged."""
+        activation = await self.port.activate(version, kv_cache=self._kv_cache)
         self.progress.pause_seconds = max(self.progress.pause_seconds, activation.pause_seconds)
         self._require_ours(activation.active, digest)
 
-    async def _base(self, wanted: Wanted, state: WeightState) -> WeightImage | None:
-        """The version before, if that is what the replica serves, to the bit."""
-        base = wanted.base
-        if base is None or self._num_delta_refusals >= _MAX_DELTA_REFUSALS or state.active.version != base.version:
-            return None
-        same = state.active.digest == await asyncio.to_thread(base.digest, state.manifest)
-        return base if same else None
-
-    async def _push_difference(self, wanted: Wanted, base: WeightImage, manifest: Manifest, digest: bytes) -> bool:
-        """False if the replica will not have the difference: then it needs all weights."""
+    async def abort(self, push_id: str) -> None:
+        """Gives up a push, without a word if the replica is away: it will do so itself when the lease ends."""
         try:
-            await self._push(wanted, base, manifest, digest)
+            await asyncio.wait_for(asyncio.shield(self.port.abort(push_id)), _ABORT_SECONDS)
+        except (SteersmanError, TimeoutError) as error:
+            _log.info("push %s at %s was not aborted, it will time out there: %s", push_id, self.target, error)
+
+    async def _push_all(self, image: WeightImage, manifest: Manifest, digest: bytes) -> Staged:
+        push = await self._begin(image.version, manifest, digest)
+        if push.already_active:
+            return Staged(digest=digest, is_active=True)
+        return await self._fill(push, FullCargo(image=image, manifest=manifest, max_bytes=push.max_chunk_bytes), digest)
+
+    async def _push_route(self, route: Sequence[EncodedDelta], digest: bytes) -> Staged | None:
+        """Leaves what the last link makes staged, and the ones before were active for a moment. None if the replica
+        will not have one of them: then it needs all weights.
+        """
+        try:
+            for link in route[:-1]:
+                there = await self._push_delta(link, link.digest)
+                if there is None:
+                    return None
+                if not there.is_active:
+                    await self.activate(link.version, link.digest)
+            there = await self._push_delta(route[-1], digest)
         except SteersmanError as error:
             if error.reason not in _DELTA_REFUSALS:
                 raise
             self._num_delta_refusals += 1
             _log.warning("%s refused a delta, it gets all weights: %s", self.target, error)
-            return False
+            return None
         self._num_delta_refusals = 0
-        return True
+        return there
 
-    async def _push(self, wanted: Wanted, base: WeightImage | None, manifest: Manifest, digest: bytes) -> None:
-        """Leaves the weights staged, or active if they were already."""
-        push = await self.port.begin(
-            wanted.image.version,
-            manifest,
-            base_version=base.version if base is not None else None,
-            idle_timeout_seconds=_LEASE_SECONDS,
-        )
+    async def _push_delta(self, delta: EncodedDelta, digest: bytes) -> Staged | None:
+        """None if its chunks are too large for the replica."""
+        push = await self._begin(delta.version, delta.manifest, digest, base_version=delta.base_version)
         if push.already_active:
-            return
-        max_bytes = min(push.max_chunk_bytes or WEIGHT_CHUNK_BYTES, WEIGHT_CHUNK_BYTES)
-        cargo: Cargo = FullCargo(image=wanted.image, manifest=manifest, max_bytes=max_bytes)
-        if base is not None and max_bytes >= MIN_DELTA_CHUNK_BYTES:
-            cargo = DeltaCargo(
-                image=wanted.image,
-                base=base,
-                manifest=manifest,
-                max_bytes=max_bytes,
-                encoding=wanted.encoding,
-                threads=wanted.threads,
-            )
+            return Staged(digest=digest, is_active=True)
+        if push.max_chunk_bytes < delta.max_bytes:
+            await self.abort(push.push_id)
+            return None
+        return await self._fill(push, delta, digest)
+
+    async def _begin(
+        self, version: WeightVersion, manifest: Manifest, digest: bytes, *, base_version: WeightVersion | None = None
+    ) -> Push:
+        push = await self.port.begin(
+            version,
+            manifest,
+            base_version=base_version,
+            digest=digest,
+            idle_timeout_seconds=self._lease_seconds,
+        )
+        push = replace(push, max_chunk_bytes=min(push.max_chunk_bytes or WEIGHT_CHUNK_BYTES, WEIGHT_CHUNK_BYTES))
+        if not push.already_active:
+            self._history.note(manifest, push.max_chunk_bytes)
+        return push
+
+    async def _fill(self, push: Push, cargo: Cargo, digest: bytes) -> Staged:
+        """Sends and has it verified."""
         try:
             delivered = await self._send(cargo, Recipient(port=self.port, push_id=push.push_id))
             if delivered.error is not None:
@@ -155,14 +231,9 @@ class Replica:
             self.progress.tally.add(cargo.tally)
             await self.port.stage(push.push_id, digest)
         except BaseException:
-            await self._abort_quietly(push.push_id)
+            await self.abort(push.push_id)
             raise
-
-    async def _abort_quietly(self, push_id: str) -> None:
-        try:
-            await asyncio.wait_for(asyncio.shield(self.port.abort(push_id)), _ABORT_SECONDS)
-        except (SteersmanError, TimeoutError) as error:
-            _log.info("push %s at %s was not aborted, it will time out there: %s", push_id, self.target, error)
+        return Staged(digest=digest, push_id=push.push_id)
 
     def _require_ours(self, active: WeightSnapshot, digest: bytes) -> None:
         if active.digest != digest:
