@@ -87,7 +87,7 @@ class AsyncReferenceClient(AsyncClient):
                 batches travel in several calls at once.
             prompt_lengths: tokens of each prompt, or one number for all; from 1 to the sequence length - 1.
                 Default 1: every token but the first counts as response.
-            temperature: logits are divided by it, above 0.
+            temperature: logits are divided by it, 0.01 to 100.
             entropy: also return the entropy of each distribution.
         """
         requests = logprob_requests(sequences, prompt_lengths, temperature, entropy)

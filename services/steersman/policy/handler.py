@@ -18,13 +18,15 @@ from steersman.wire.errors import (
     unavailable,
 )
 from steersman.wire.identity import ModelInfo, WeightVersion
-from steersman.wire.limits import MAX_SAMPLES_PER_PROMPT, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from steersman.wire.limits import (
+    MAX_SAMPLES_PER_PROMPT,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    is_temperature,
+)
 
-MIN_TEMPERATURE: Final = 0.01
-"""vLLM raises anything between 0 and this to it, and the log-probs would be of another distribution than
-asked.
-"""
-MAX_TEMPERATURE: Final = 100.0
 _QUEUE_RETRY_S: Final = 1.0
 
 
@@ -184,7 +186,7 @@ class GenerationHandler:
         checks = [
             (call.num_samples is None or 1 <= call.num_samples <= MAX_SAMPLES_PER_PROMPT)
             or ("num_samples", call.num_samples, f"[1, {MAX_SAMPLES_PER_PROMPT}]"),
-            (not temperature or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE)
+            (not temperature or is_temperature(temperature))
             or ("temperature", temperature, f"0, or [{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]"),
             (top_p is None or 0 < top_p <= 1) or ("top_p", top_p, "(0, 1]"),
             (call.top_k is None or call.top_k >= 0) or ("top_k", call.top_k, "at least 0; 0 is off"),

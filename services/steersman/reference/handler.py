@@ -1,7 +1,6 @@
 """Checks a request for log-probs, and sends its rows to the batcher that all callers share."""
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from steersman.serving.batching import Batcher, BatchingSettings, Priority
 from steersman.serving.service import EngineDead
 from steersman.wire.errors import Reason, SteersmanError, invalid_field
 from steersman.wire.identity import ModelInfo
-from steersman.wire.limits import MAX_BATCH_ITEMS
+from steersman.wire.limits import MAX_BATCH_ITEMS, MAX_TEMPERATURE, MIN_TEMPERATURE, is_temperature
 
 # Runs of the model that failed one after the other, before it is asked for a sign of life.
 _SUSPECT_AFTER_FAILURES = 8
@@ -113,8 +112,8 @@ def check(request: LogprobRequest, model: ModelInfo) -> list[int]:
         raise invalid_field(
             "token_ids", f"{len(rows)} rows", f"1 to {MAX_BATCH_ITEMS} rows", reason=Reason.REQUEST_TOO_LARGE
         )
-    if not (math.isfinite(request.temperature) and request.temperature > 0):
-        raise invalid_field("temperature", request.temperature, "a finite number above 0")
+    if not is_temperature(request.temperature):
+        raise invalid_field("temperature", request.temperature, f"[{MIN_TEMPERATURE}, {MAX_TEMPERATURE:g}]")
     lengths = [len(row) for row in rows]
     if min(lengths) < 2:
         index = next(index for index, length in enumerate(lengths) if length < 2)

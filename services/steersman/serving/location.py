@@ -32,8 +32,8 @@ class Location:
 def locate(field: str, model: str, revision: str | None = None) -> Location:
     """Finds `model`, a folder or a hub id, and downloads what is missing of the latter.
 
-    `field` names the setting in errors. Raises `ValueError` with the setting, its value and what is allowed: at once for
-    a path, and within about `HUB_SECONDS` for a hub id that cannot be had.
+    `field` names the setting in errors. Raises `ValueError` with the setting, its value and what is allowed: at once
+    for a path, and within about `HUB_SECONDS` for a hub id that cannot be had.
     """
     found = _locate(field, model, revision, _MODEL_FILES)
     if not (found.folder / "config.json").is_file():

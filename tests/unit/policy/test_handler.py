@@ -110,6 +110,8 @@ def test_defaults(handler: GenerationHandler) -> None:
 
 
 def test_greedy_and_single_sample_zero_values_are_kept(handler: GenerationHandler) -> None:
+    # What 0.01 becomes in the float32 of a request.
+    assert handler.check(GenerateCall(prompt_token_ids=IDS, temperature=0.009999999776482582)).temperature < 0.01
     request = handler.check(GenerateCall(prompt_token_ids=IDS, temperature=0, seed=0))
     assert (request.temperature, request.seed) == (0, 0)
 

@@ -56,10 +56,10 @@ GOOD = [1, 2, 3, 4]
         ({"token_ids": rows(GOOD, [1] * 17)}, Reason.SEQUENCE_TOO_LONG, "token_ids[1]", "at most 16 tokens"),
         ({"token_ids": rows(GOOD, [1, 100])}, Reason.TOKEN_OUT_OF_VOCABULARY, "token_ids[1][1]", "0 to 99"),
         ({"token_ids": rows([-1, 2])}, Reason.TOKEN_OUT_OF_VOCABULARY, "token_ids[0][0]", "0 to 99"),
-        ({"temperature": 0.0}, Reason.INVALID_FIELD, "temperature", "above 0"),
-        ({"temperature": -1.0}, Reason.INVALID_FIELD, "temperature", "above 0"),
-        ({"temperature": float("nan")}, Reason.INVALID_FIELD, "temperature", "finite"),
-        ({"temperature": float("inf")}, Reason.INVALID_FIELD, "temperature", "finite"),
+        *(
+            ({"temperature": value}, Reason.INVALID_FIELD, "temperature", r"[0.01, 100]")
+            for value in (0.0, -1.0, 1e-45, 0.0099, 100.1, float("nan"), float("inf"))
+        ),
         ({"prompt_lengths": np.array([1, 1], np.int32)}, Reason.INVALID_FIELD, "prompt_lengths.shape", "[1]"),
         ({"prompt_lengths": np.array([0], np.int32)}, Reason.INVALID_FIELD, "prompt_lengths[0]", "1 to 3"),
         ({"prompt_lengths": np.array([4], np.int32)}, Reason.INVALID_FIELD, "prompt_lengths[0]", "1 to 3"),

@@ -55,7 +55,9 @@ class SamplingConfig(_Settings):
     """How responses are drawn. Always from the whole distribution: no nucleus, no top-k."""
 
     max_tokens: int = Field(default=64, ge=1, description="Longest response, end-of-sequence included.")
-    temperature: Positive = Field(default=1.0, description="Of the softmax; all log-probs are taken at it.")
+    temperature: float = Field(
+        default=1.0, ge=0.01, le=100, description="Of the softmax; all log-probs are taken at it."
+    )
     samples_per_prompt: int = Field(default=1, ge=1, le=256)
     min_tokens: int = Field(default=0, ge=0, description="No end-of-sequence before so many tokens.")
     ignore_eos: bool = Field(default=False, description="Go on to max_tokens: responses of fixed length.")
