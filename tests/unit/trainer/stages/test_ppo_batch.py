@@ -11,15 +11,16 @@ from steersman.trainer.stages.ppo_batch import RolloutTensors, importance_weight
 
 STEP = 5
 CAP = 1.5
+Tokens = list[tuple[int, float, float]]
 # Of each token: the step of the weights that drew it, their log-prob of it, and the trainer's.
-TOKENS = [
+TOKENS: list[Tokens] = [
     [(3, -1.0, -0.2), (3, -2.0, -2.5), (4, -1.0, -1.1), (5, -0.5, -0.500001)],
-    [(5, -0.7, -0.7)],
+    [(5, -0.7, -0.70001)],
     [(4, -3.0, -2.0), (5, -1.0, -1.0)],
 ]
 
 
-def rollout(index: int, tokens: list[tuple[int, float, float]]) -> Rollout:
+def rollout(index: int, tokens: Tokens) -> Rollout:
     steps = [step for step, _, _ in tokens]
     spans = [
         VersionSpan(
@@ -41,12 +42,12 @@ def rollout(index: int, tokens: list[tuple[int, float, float]]) -> Rollout:
     )
 
 
-def measured(cap: float | None = CAP) -> tuple[torch.Tensor, dict[str, float]]:
-    rollouts = [rollout(index, tokens) for index, tokens in enumerate(TOKENS)]
+def measured(cap: float | None = CAP, tokens: list[Tokens] = TOKENS) -> tuple[torch.Tensor, dict[str, float]]:
+    rollouts = [rollout(index, row) for index, row in enumerate(tokens)]
     data = RolloutTensors.of(rollouts, torch.device("cpu"), step=STEP)
     old_BT = torch.zeros_like(data.ref_BT)
-    for row, tokens in enumerate(TOKENS):
-        old_BT[row, : len(tokens)] = torch.tensor([old for _, _, old in tokens])
+    for row, drawn in enumerate(tokens):
+        old_BT[row, : len(drawn)] = torch.tensor([old for _, _, old in drawn])
     return importance_weights(data, old_BT, cap=cap)
 
 
@@ -62,8 +63,10 @@ def test_each_token_is_weighed_against_the_weights_that_drew_it() -> None:
 def test_the_metrics_of_an_age_are_over_its_tokens_alone() -> None:
     _, metrics = measured()
     flat = [(STEP - step, old - behaviour) for tokens in TOKENS for step, behaviour, old in tokens]
-    for suffix, ages in {"": {0, 1, 2}, "_age_0": {0}, "_age_1": {1}, "_age_2": {2}}.items():
-        differences = [difference for age, difference in flat if age in ages]
+    groups = {"": flat, "_on_policy": flat[4:5]}  # only the second response has one age, and that is 0
+    groups |= {f"_age_{age}": [token for token in flat if token[0] == age] for age in range(3)}
+    for suffix, tokens in groups.items():
+        differences = [difference for _, difference in tokens]
         ratios = [math.exp(difference) for difference in differences]
         expected = {
             "mismatch/logprob_abs_mean": sum(map(abs, differences)) / len(differences),
@@ -75,7 +78,8 @@ def test_the_metrics_of_an_age_are_over_its_tokens_alone() -> None:
         for name, value in expected.items():
             assert metrics[name + suffix] == pytest.approx(value, rel=1e-5, abs=1e-7), name + suffix
     assert "mismatch/kl_age_3" not in metrics
-    assert metrics["mismatch/logprob_abs_max_age_0"] < 1e-5
+    _, metrics = measured(tokens=TOKENS[:1])
+    assert "mismatch/kl_on_policy" not in metrics
 
 
 def test_the_shares_of_the_ages() -> None:

@@ -247,6 +247,7 @@ def test_a_response_begun_by_old_weights_goes_on_under_new_ones_and_each_token_i
     assert [row["rollout/staleness_mean"] for row in rows] == [age / 2 for age in ages]
     assert [row["rollout/stale_token_share"] for row in rows] == [0.5 if age else 0.0 for age in ages]
     assert all(row["rollout/token_share_age_0"] == (0.5 if age else 1.0) for row, age in zip(rows, ages, strict=True))
+    assert ["mismatch/kl_on_policy" in row for row in rows] == [age == 0 for age in ages]
     for row, age in zip(rows, ages, strict=True):
         # The same model drew and trained: without age there is only arithmetic between them.
         assert row["mismatch/logprob_abs_max_age_0"] < 1e-4

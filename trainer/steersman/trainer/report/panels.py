@@ -87,8 +87,18 @@ PPO_PLOTS: Final = (
     ),
     PlotSpec(
         title="Engine and trainer",
-        note="Mean absolute difference of their log-probs of the same tokens: numerics, and staleness.",
-        lines=(("mismatch/logprob_abs_mean", "difference"), ("behaviour/abs_diff", "difference")),
+        note="Mean absolute difference of their log-probs: of all tokens, and where the trained weights drew the "
+        "whole response (on policy): arithmetic alone.",
+        lines=(
+            ("mismatch/logprob_abs_mean", "all"),
+            ("mismatch/logprob_abs_mean_on_policy", "on policy"),
+            ("behaviour/abs_diff", "all"),
+        ),
+    ),
+    PlotSpec(
+        title="Staleness",
+        note="Steps between the weights that drew a token and those trained on it.",
+        lines=(("rollout/staleness_mean", "mean"), ("rollout/staleness_max", "oldest")),
     ),
     PlotSpec(
         title="Seconds by phase",

@@ -123,40 +123,42 @@ def importance_weights(data: RolloutTensors, old_BT: Tensor, *, cap: float | Non
     """The truncated importance weight `[B, T]` of each token, of the trainer's log-probs `old_BT` against those under
     the weights that drew it; and the metrics that say how far apart the two are.
 
-    Engine and trainer differ in their arithmetic, and where the token is older than the update also in their weights.
-    So the same measures are given over all tokens, and for each age that occurs, with the suffix `_age_0` and so on:
-    age 0 shows arithmetic alone, what is above it in the others comes from staleness.
+    Engine and trainer differ in their arithmetic; where a token is older than the update, in their weights too; and
+    where an engine keeps its cache at a change of weights, new weights draw from what old ones computed. To tell these
+    apart the same measures are given over all tokens, over the responses that the trained weights drew from the first
+    token to the last (`_on_policy`: arithmetic alone), and over the tokens of each age (`_age_0`, `_age_1`, ...), as
+    far as there are any.
     """
     mask_BT, ages_BT = data.mask_BT, data.ages_BT
-    weights_BT, sums = truncated_importance_weights(old_BT, data.behaviour_BT, mask_BT, cap=cap)
+    weights_BT, _ = truncated_importance_weights(old_BT, data.behaviour_BT, mask_BT, cap=cap)
     weights_T, ages_T = weights_BT[mask_BT], ages_BT[mask_BT].double()
-    metrics = _mismatch_means(sums, int(mask_BT.sum()), suffix="") | {
-        "mismatch/logprob_abs_max": float(_difference(data, old_BT, mask_BT).max()),
+    ages = torch.unique(ages_T.int()).tolist()
+    groups = {"": mask_BT, "_on_policy": mask_BT & (ages_BT.amax(1, keepdim=True) == 0)}
+    groups |= {f"_age_{age}": mask_BT & (ages_BT == age) for age in ages}
+    metrics = {
         # Kish's effective sample size: 1 if all weights are alike.
         "tis/effective_share": float(weights_T.sum().square() / weights_T.square().sum() / len(weights_T)),
         "rollout/staleness_mean": float(ages_T.mean()),
         "rollout/staleness_max": float(ages_T.max()),
         "rollout/stale_token_share": float((ages_T > 0).double().mean()),
     }
-    for age in torch.unique(ages_T.int()).tolist():
-        of_age_BT = mask_BT & (ages_BT == age)
-        _, sums = truncated_importance_weights(old_BT, data.behaviour_BT, of_age_BT, cap=cap)
-        metrics |= _mismatch_means(sums, int(of_age_BT.sum()), suffix=f"_age_{age}") | {
-            f"mismatch/logprob_abs_max_age_{age}": float(_difference(data, old_BT, of_age_BT).max()),
-            f"rollout/token_share_age_{age}": float(of_age_BT.sum()) / len(ages_T),
-        }
+    for suffix, of_group_BT in groups.items():
+        if num_tokens := int(of_group_BT.sum()):
+            metrics |= _mismatch(data, old_BT, of_group_BT, num_tokens, cap=cap, suffix=suffix)
+    for age in ages:
+        metrics[f"rollout/token_share_age_{age}"] = float((ages_T == age).double().mean())
     return weights_BT, metrics
 
 
-def _difference(data: RolloutTensors, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    return torch.where(mask_BT, old_BT - data.behaviour_BT, 0.0).abs()
-
-
-def _mismatch_means(sums: dict[str, Tensor], num_tokens: int, *, suffix: str) -> dict[str, float]:
-    names = {
-        "mismatch/logprob_abs_mean": "behaviour/abs_diff",
-        "mismatch/kl": "behaviour/kl",
-        "mismatch/ratio_mean": "behaviour/ratio",
-        "tis/capped_share": "behaviour/capfrac",
+def _mismatch(
+    data: RolloutTensors, old_BT: Tensor, mask_BT: Tensor, num_tokens: int, *, cap: float | None, suffix: str
+) -> dict[str, float]:
+    _, sums = truncated_importance_weights(old_BT, data.behaviour_BT, mask_BT, cap=cap)
+    largest = torch.where(mask_BT, old_BT - data.behaviour_BT, 0.0).abs().max()
+    return {
+        f"mismatch/logprob_abs_mean{suffix}": float(sums["behaviour/abs_diff"]) / num_tokens,
+        f"mismatch/logprob_abs_max{suffix}": float(largest),
+        f"mismatch/kl{suffix}": float(sums["behaviour/kl"]) / num_tokens,
+        f"mismatch/ratio_mean{suffix}": float(sums["behaviour/ratio"]) / num_tokens,
+        f"tis/capped_share{suffix}": float(sums["behaviour/capfrac"]) / num_tokens,
     }
-    return {name + suffix: float(sums[key]) / num_tokens for name, key in names.items()}
