@@ -232,7 +232,7 @@ class WeightChunk:
         tensor_index: index in the manifest.
         element_offset: first element, counted in the flattened tensor.
         num_elements: elements covered (in a sparse delta: the described span, changed or not).
-        data: the encoded elements, little-endian.
+        data: the encoded elements, little-endian; a view is sent without another copy.
         checksum: XXH3-64 of `data`, unsigned.
         encoding: how `data` is encoded.
     """
@@ -240,7 +240,7 @@ class WeightChunk:
     tensor_index: int
     element_offset: int
     num_elements: int
-    data: bytes
+    data: bytes | memoryview
     checksum: int
     encoding: WeightEncoding = WeightEncoding.DENSE
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from datetime import UTC, timedelta
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -37,6 +37,7 @@ from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import WeightVersion
 from steersman.wire.status import status_from_proto
 from steersman.wire.tensors import dtype_from_name, dtype_name
+from steersman.wire.weights.messages import PUSH_CHUNKS, Chunk, encode_chunk
 
 _ENCODING: Final = {
     WeightEncoding.DENSE: weights_pb2.WEIGHT_ENCODING_DENSE,
@@ -89,28 +90,36 @@ def begin_request(
     return request
 
 
-def chunk_request(chunk: WeightChunk) -> weights_pb2.PushChunksRequest:
+class _Stub(weights_pb2_grpc.WeightServiceStub):
+    """The generated stub, but that PushChunks takes messages which are serialised already."""
+
+    def __init__(self, channel: Any) -> None:
+        super().__init__(channel)  # type: ignore[no-untyped-call]
+        self.PushChunks: Any = channel.stream_unary(
+            PUSH_CHUNKS, response_deserializer=weights_pb2.PushChunksResponse.FromString
+        )
+
+
+def chunk_request(chunk: WeightChunk) -> bytes:
     """One message of a chunk stream, after the first."""
-    return weights_pb2.PushChunksRequest(
-        chunk=weights_pb2.WeightChunk(
+    return encode_chunk(
+        Chunk(
             tensor_index=chunk.tensor_index,
             element_offset=chunk.element_offset,
             num_elements=chunk.num_elements,
             encoding=_ENCODING[chunk.encoding],
             data=chunk.data,
             checksum=chunk.checksum,
-        ),
+        )
     )
 
 
-def _first_of(push_id: str, relay: Sequence[RelayHop]) -> weights_pb2.PushChunksRequest:
+def _first_of(push_id: str, relay: Sequence[RelayHop]) -> bytes:
     """The first message of a chunk stream: without a chunk, so that all with one can be passed on as they are."""
-    return weights_pb2.PushChunksRequest(push_id=push_id, relay=_hops(relay))
+    return weights_pb2.PushChunksRequest(push_id=push_id, relay=_hops(relay)).SerializeToString()
 
 
-def _requests(
-    push_id: str, relay: Sequence[RelayHop], chunks: Iterable[WeightChunk]
-) -> Iterator[weights_pb2.PushChunksRequest]:
+def _requests(push_id: str, relay: Sequence[RelayHop], chunks: Iterable[WeightChunk]) -> Iterator[bytes]:
     yield _first_of(push_id, relay)
     for chunk in chunks:
         yield chunk_request(chunk)
@@ -118,7 +127,7 @@ def _requests(
 
 async def _requests_async(
     push_id: str, relay: Sequence[RelayHop], chunks: AsyncIterable[WeightChunk] | Iterable[WeightChunk]
-) -> AsyncIterator[weights_pb2.PushChunksRequest]:
+) -> AsyncIterator[bytes]:
     yield _first_of(push_id, relay)
     async for chunk in each(chunks):
         yield chunk_request(chunk)
@@ -162,7 +171,7 @@ class AsyncWeightClient(AsyncClient):
     """Asyncio client of the weight service of one replica. Calls have 600 s unless `timeout` says otherwise."""
 
     default_timeout = _TRANSACTION_TIMEOUT
-    _stub_type = weights_pb2_grpc.WeightServiceStub
+    _stub_type = _Stub
 
     async def state(self, *, include_manifest: bool = False, timeout: float | None = 30.0) -> WeightState:
         """What the replica serves; the manifest is empty unless asked for."""
@@ -252,7 +261,7 @@ class WeightClient(Client):
     """Blocking client of the weight service of one replica. Calls have 600 s unless `timeout` says otherwise."""
 
     default_timeout = _TRANSACTION_TIMEOUT
-    _stub_type = weights_pb2_grpc.WeightServiceStub
+    _stub_type = _Stub
 
     def state(self, *, include_manifest: bool = False, timeout: float | None = 30.0) -> WeightState:
         """What the replica serves; the manifest is empty unless asked for."""

@@ -15,12 +15,12 @@ from steersman.policy.servicer import PolicyServicer
 from steersman.policy.settings import PolicySettings
 from steersman.policy.weights.checkpoint import Checkpoint
 from steersman.policy.weights.relay import Relay
-from steersman.policy.weights.service import WeightServicer
+from steersman.policy.weights.service import WeightServicer, add_weight_servicer
 from steersman.policy.weights.store import WeightSource, WeightStore
 from steersman.serving.location import locate
 from steersman.serving.metrics import Metrics
 from steersman.serving.service import EngineDead
-from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
+from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2
 from steersman.wire.errors import unavailable
 
 _WARM_UP_S: Final = 600.0
@@ -52,7 +52,7 @@ class PolicyService:
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Adds both servicers."""
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(self._servicer, server)
-        weights_pb2_grpc.add_WeightServiceServicer_to_server(self._weight_servicer, server)
+        add_weight_servicer(self._weight_servicer, server)
         files: list[Any] = [policy_pb2.DESCRIPTOR, weights_pb2.DESCRIPTOR]
         return [service.full_name for file in files for service in file.services_by_name.values()]
 

@@ -10,13 +10,13 @@ from policy_fakes import FakeEngine
 
 from steersman.policy.app import PolicyService
 from steersman.policy.settings import PolicySettings
-from steersman.policy.weights.push import Chunk
 from steersman.serving.metrics import Metrics
 from steersman.serving.server import start_server
 from steersman.v1 import types_pb2, weights_pb2, weights_pb2_grpc
 from steersman.wire.errors import Reason
 from steersman.wire.status import DETAILS_TRAILER, decode_error
 from steersman.wire.weights.digest import chunk_checksum
+from steersman.wire.weights.messages import Chunk
 
 TIMEOUT_S = 20
 BASE = start()

@@ -7,8 +7,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from steersman.policy.weights.manifest import HostManifest, TensorSpec
-from steersman.policy.weights.push import Chunk
 from steersman.wire.weights.chunks import DeltaOptions, Encoding, delta_chunks
+from steersman.wire.weights.messages import Chunk
 
 MANIFEST = HostManifest.of(
     [

@@ -19,8 +19,8 @@ from steersman.policy.engine.port import (
     WeightLoadError,
 )
 from steersman.policy.weights.manifest import HostManifest, TensorSpec
-from steersman.policy.weights.push import Chunk
 from steersman.wire.identity import ModelInfo, VersionSpan, WeightVersion
+from steersman.wire.weights.messages import Chunk
 
 VOCAB_SIZE = 50
 MAX_SEQUENCE_TOKENS = 20

@@ -21,12 +21,12 @@ from delta_fakes import (
 from policy_fakes import FakeEngine
 
 from steersman.policy.engine.port import KvCachePolicy
-from steersman.policy.weights.push import Chunk
 from steersman.policy.weights.store import BeginRequest, WeightStore
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
 from steersman.wire.weights.chunks import DeltaOptions, Encoding
 from steersman.wire.weights.delta import Profile
+from steersman.wire.weights.messages import Chunk
 
 BASE = start()
 NEW = stepped(BASE, 1)

@@ -6,10 +6,11 @@ import random
 import pytest
 from policy_fakes import MANIFEST, chunks, host_bytes, random_weights
 
-from steersman.policy.weights.push import Chunk, Phase, Push
+from steersman.policy.weights.push import Phase, Push
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
 from steersman.wire.weights.chunks import Encoding
+from steersman.wire.weights.messages import Chunk
 
 WEIGHTS = random_weights(1)
 

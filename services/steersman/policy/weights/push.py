@@ -25,6 +25,7 @@ from steersman.wire.weights.chunks import Encoding
 from steersman.wire.weights.delta import MAX_SPAN_ELEMENTS, apply_delta
 from steersman.wire.weights.digest import chunk_checksum
 from steersman.wire.weights.errors import bad_chunk
+from steersman.wire.weights.messages import Chunk
 
 _INLINE_SPAN_BYTES: Final = 256 * 1024
 """Deltas of larger spans are applied in a thread: at 0.6 GB/s, the slowest, this takes half a millisecond."""
@@ -36,18 +37,6 @@ class Phase(Enum):
     RECEIVING = auto()
     VERIFYING = auto()
     STAGED = auto()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Elements of one tensor. `checksum` is XXH3-64 of `data`, `encoding` a number of `Encoding` if it is good."""
-
-    tensor_index: int
-    element_offset: int
-    num_elements: int
-    data: bytes
-    checksum: int
-    encoding: int = Encoding.DENSE
 
 
 @dataclass(kw_only=True)
@@ -174,7 +163,9 @@ class Push:
                 )
 
 
-def _apply_to_base(data: bytes, base: memoryview, staging: memoryview, item_bytes: int) -> SteersmanError | None:
+def _apply_to_base(
+    data: bytes | memoryview, base: memoryview, staging: memoryview, item_bytes: int
+) -> SteersmanError | None:
     """Fills `staging` with `base` and the delta; returns what is wrong with the delta, if anything."""
     dtype: np.dtype[Any] = np.dtype(f"<u{item_bytes}")
     span = np.frombuffer(staging, dtype)

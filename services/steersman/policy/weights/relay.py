@@ -30,6 +30,7 @@ from steersman.wire.endings import Endings
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
 from steersman.wire.limits import MAX_MESSAGE_BYTES, MAX_RELAY_DEPTH, MAX_RELAY_FAN_OUT, MAX_RELAY_HOPS
 from steersman.wire.status import DETAILS_TRAILER, decode_error, status_to_proto
+from steersman.wire.weights.messages import PUSH_CHUNKS, ChunkMessage
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ _LOG = logging.getLogger(__name__)
 _QUEUED_CHUNKS: Final = 8
 # The replica nearest to what stands still must give it up first, or whole branches would fall with one leaf.
 _PATIENCE_PER_LEVEL: Final = 0.25
-_METHOD: Final = f"/{weights_pb2.DESCRIPTOR.services_by_name['WeightService'].full_name}/PushChunks"
 _TARGET: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 Hops = Sequence[weights_pb2.RelayHop]
@@ -144,14 +144,10 @@ class RelayStream:
             patience = self._rules.stall_seconds * (1 + _PATIENCE_PER_LEVEL * (_height(hop) - 1))
             self._links.append(_Link(hop, self._open_channel, patience_s=patience, timeout=timeout))
 
-    async def forward(self, message: weights_pb2.PushChunksRequest) -> None:
-        """Queues a message for every link that holds, waiting for room as long as each link may make it wait."""
+    async def forward(self, message: ChunkMessage) -> None:
+        """Queues a chunk for every link that holds, waiting for room as long as each link may make it wait."""
         links = [link for link in self._links if link.is_open]
-        if not links:
-            return
-        if message.push_id:
-            message = weights_pb2.PushChunksRequest(chunk=message.chunk)
-        data = message.SerializeToString()
+        data = message.onward if links else b""
         for link in links:
             await link.put(data)
 
@@ -252,7 +248,7 @@ class _Link:
 
     async def _send(self, channel: grpc.aio.Channel) -> weights_pb2.PushChunksResponse:
         start: Any = channel.stream_unary(
-            _METHOD,
+            PUSH_CHUNKS,
             request_serializer=None,  # chunks go on as they came
             response_deserializer=weights_pb2.PushChunksResponse.FromString,
         )

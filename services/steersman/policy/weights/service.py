@@ -10,7 +10,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.metrics import PolicyMetrics
-from steersman.policy.weights.push import Chunk
 from steersman.policy.weights.relay import Relay
 from steersman.policy.weights.store import DEFAULT_IDLE_TIMEOUT_S, BeginRequest, Snapshot, WeightStore
 from steersman.v1 import weights_pb2, weights_pb2_grpc
@@ -18,6 +17,7 @@ from steersman.wire.convert import version_from_proto, version_to_proto
 from steersman.wire.errors import invalid_field
 from steersman.wire.limits import WEIGHT_CHUNK_BYTES
 from steersman.wire.weights.manifest import Manifest
+from steersman.wire.weights.messages import decode_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -60,26 +60,27 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         )
 
     async def PushChunks(  # noqa: N802
-        self, request_iterator: AsyncIterator[weights_pb2.PushChunksRequest], context: Context
+        self, request_iterator: AsyncIterator[bytes], context: Context
     ) -> weights_pb2.PushChunksResponse:
         """Takes one stream of chunks, and passes it on. A sender that goes in mid-stream takes its push with it."""
         push_id, num_messages, num_bytes, num_chunks = "", 0, 0, 0
         try:
             async with self._relay.stream() as onward:
-                async for request in request_iterator:
+                async for raw in request_iterator:
+                    message = decode_message(raw)
                     num_messages += 1
-                    push_id = push_id or request.push_id
-                    if request.push_id and request.push_id != push_id:
-                        raise invalid_field("push_id", request.push_id, f"{push_id!r}, as on the first message")
-                    if request.relay:
+                    push_id = push_id or message.push_id
+                    if message.push_id and message.push_id != push_id:
+                        raise invalid_field("push_id", message.push_id, f"{push_id!r}, as on the first message")
+                    if message.relay:
                         if num_messages > 1:
                             raise invalid_field("relay", f"on message {num_messages}", "the first message of a stream")
                         self._store.require_push(push_id)
-                        onward.open(push_id, request.relay, timeout=context.time_remaining())
-                    if request.HasField("chunk"):
-                        await onward.forward(request)
-                        await self._store.write(push_id, _chunk(request.chunk))
-                        num_bytes += len(request.chunk.data)
+                        onward.open(push_id, message.relay, timeout=context.time_remaining())
+                    if message.chunk is not None:
+                        await onward.forward(message)
+                        await self._store.write(push_id, message.chunk)
+                        num_bytes += len(message.chunk.data)
                         num_chunks += 1
                 relayed = await onward.finish()
         except asyncio.CancelledError:
@@ -123,6 +124,18 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         return weights_pb2.AbortPushResponse()
 
 
+def add_weight_servicer(servicer: WeightServicer, server: grpc.aio.Server) -> None:
+    """Adds the servicer to a server, so that chunks reach it as they came."""
+    weights_pb2_grpc.add_WeightServiceServicer_to_server(servicer, server)
+    undecoded = grpc.stream_unary_rpc_method_handler(
+        servicer.PushChunks, response_serializer=weights_pb2.PushChunksResponse.SerializeToString
+    )
+    # In place of the generated handler, which would parse each message, and thereby copy it twice.
+    service = weights_pb2.DESCRIPTOR.services_by_name["WeightService"].full_name
+    registry: Any = server  # grpc-stubs do not know the method
+    registry.add_registered_method_handlers(service, {"PushChunks": undecoded})
+
+
 def _begin_request(request: weights_pb2.BeginPushRequest) -> BeginRequest:
     return BeginRequest(
         version=version_from_proto(request.version),
@@ -143,17 +156,6 @@ def _kv_policy(value: int) -> KvCachePolicy | None:
     if value not in _KV_POLICIES:
         raise invalid_field("kv_cache_policy", value, "a KvCachePolicy")
     return _KV_POLICIES[value]
-
-
-def _chunk(chunk: weights_pb2.WeightChunk) -> Chunk:
-    return Chunk(
-        tensor_index=chunk.tensor_index,
-        element_offset=chunk.element_offset,
-        num_elements=chunk.num_elements,
-        data=chunk.data,
-        checksum=chunk.checksum,
-        encoding=chunk.encoding,
-    )
 
 
 def _snapshot(snapshot: Snapshot | None) -> weights_pb2.WeightSnapshot | None:

@@ -6,9 +6,9 @@ Invariants:
 
 - until `activate` succeeds the old weights serve, and what failed leaves their host copy and digest as they
 were;
-- one push at a time; only the run that opened it may open another in its place, or anyone once it has been
-idle for
-  longer than it said;
+- one push at a time; only the job that opened it may open another in its place, by the same attempt or a later one, or
+  anyone once it has been idle for longer than it said;
+- a version never gives way to an older one of its job (`WeightVersion.is_stale_against`);
 - the engine is asked to load only weights whose manifest and digest were checked here;
 - `stage`, `activate` and `rollback` run to their end even if the caller goes away.
 
@@ -29,10 +29,11 @@ import numpy as np
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine, KvCachePolicy, WeightLoadError
 from steersman.policy.weights.manifest import HostManifest, TensorSpec, digest
 from steersman.policy.weights.memory import HostCopy
-from steersman.policy.weights.push import Chunk, Phase, Push
+from steersman.policy.weights.push import Phase, Push
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
 from steersman.wire.identity import WeightVersion
 from steersman.wire.weights.digest import DIGEST_BYTES
+from steersman.wire.weights.messages import Chunk
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class WeightStore:
             if version == self.active.version:
                 self._require_same_digest(request)
                 return None
-            if version.run_id == self.active.version.run_id and version.step < self.active.version.step:
+            if version.is_stale_against(self.active.version):
                 raise SteersmanError(
                     Reason.WEIGHT_VERSION_STALE,
                     f"version {version} is older than {self.active.version}, which is active",
@@ -309,7 +310,14 @@ class WeightStore:
 
     def _require_free(self, version: WeightVersion) -> None:
         push = self._current()
-        if push is not None and push.version.run_id != version.run_id:
+        if push is None:
+            return
+        if push.version.job == version.job:
+            if version.attempt < push.version.attempt:
+                raise SteersmanError(
+                    Reason.WEIGHT_VERSION_STALE, f"version {version} is of an older attempt than {push.version}, on its way"
+                )
+        else:
             left = max(0.0, push.idle_timeout_s - push.idle_s)
             raise SteersmanError(
                 Reason.WEIGHT_PUSH_IN_PROGRESS,
