@@ -53,9 +53,9 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         await self._fault("begin", context)
         if version == self.active:
             return weights_pb2.BeginPushResponse(already_active=True)
-        if self.pushing is not None:
+        if self.pushing is not None and self.pushing.run_id != version.run_id:
             await self._fail(SteersmanError(Reason.WEIGHT_PUSH_IN_PROGRESS, "another push holds the replica"), context)
-        if version.run_id == self.active.run_id and version.step <= self.active.step:
+        if version.is_stale_against(self.active):
             await self._fail(SteersmanError(Reason.WEIGHT_VERSION_STALE, "older than the active version"), context)
         assert request.manifest == self.manifest
         if base is not None and base != self.active:

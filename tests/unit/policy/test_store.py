@@ -139,6 +139,28 @@ async def test_an_older_step_of_the_same_run_is_refused(store: WeightStore) -> N
     assert await store.begin(announce(1, "another-run"))
 
 
+async def test_an_older_attempt_of_the_same_job_is_refused_whatever_its_step(store: WeightStore) -> None:
+    await push(store, 3, run_id="demo.2")
+    with refused(Reason.WEIGHT_VERSION_STALE, "demo.1@9 is older than demo.2@3"):
+        await store.begin(announce(9, "demo.1"))
+    await push(store, 1, run_id="demo.10")
+    assert_serves(store, version(1, "demo.10"), slow_digest(random_weights(1)))
+
+
+async def test_a_later_attempt_does_not_wait_for_the_lease_of_the_one_before(
+    store: WeightStore, engine: FakeEngine
+) -> None:
+    await stage(store, 9, run_id="demo.1")
+    push_id = await send(store, 3, run_id="demo.2")
+    assert engine.events == ["stage", "discard"]
+    with refused(Reason.WEIGHT_PUSH_NOT_ACTIVE, "demo.1@9 is not staged"):
+        await store.activate(version(9, "demo.1"))
+    with refused(Reason.WEIGHT_VERSION_STALE, "demo.1@10 is of an older attempt than demo.2@3"):
+        await store.begin(announce(10, "demo.1"))
+    await store.stage(push_id, slow_digest(random_weights(3)))
+    assert (await store.activate(version(3, "demo.2"))).active.version == version(3, "demo.2")
+
+
 @pytest.mark.parametrize("run_id", ["", "x" * 129, "a\nb"])
 async def test_a_bad_run_id_is_refused(store: WeightStore, run_id: str) -> None:
     with refused(Reason.INVALID_FIELD, "run_id"):

@@ -315,7 +315,8 @@ class WeightStore:
         if push.version.job == version.job:
             if version.attempt < push.version.attempt:
                 raise SteersmanError(
-                    Reason.WEIGHT_VERSION_STALE, f"version {version} is of an older attempt than {push.version}, on its way"
+                    Reason.WEIGHT_VERSION_STALE,
+                    f"version {version} is of an older attempt than {push.version}, on its way",
                 )
         else:
             left = max(0.0, push.idle_timeout_s - push.idle_s)
