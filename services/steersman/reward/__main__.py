@@ -14,7 +14,7 @@ async def build(settings: RewardSettings, metrics: Metrics) -> Service:
     from steersman.reward.build import build_handler
     from steersman.reward.servicer import RewardService
 
-    return RewardService(await build_handler(settings, metrics))
+    return RewardService(*await build_handler(settings, metrics))
 
 
 if __name__ == "__main__":

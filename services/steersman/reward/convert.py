@@ -13,6 +13,7 @@ from steersman.reward.types import (
     ChatContent,
     Content,
     ItemScore,
+    MemberOutcome,
     Score,
     ScoreItem,
     ScoreOptions,
@@ -30,6 +31,7 @@ from steersman.wire.status import status_to_proto
 _KIND: Final = {
     ScorerKind.MODEL: reward_pb2.SCORER_KIND_MODEL,
     ScorerKind.FUNCTION: reward_pb2.SCORER_KIND_FUNCTION,
+    ScorerKind.ENSEMBLE: reward_pb2.SCORER_KIND_ENSEMBLE,
 }
 _NO_CONTEXT: Final[Mapping[str, Any]] = {}
 _OK: Final = status_to_proto(None)
@@ -88,6 +90,7 @@ def scorers_to_proto(scorers: Sequence[ScorerInfo]) -> reward_pb2.ListScorersRes
             name=scorer.name,
             kind=_KIND[scorer.kind],
             model=model_to_proto(scorer.model) if scorer.model is not None else None,
+            members=scorer.members,
             is_default=scorer.is_default,
         )
     return response
@@ -96,17 +99,40 @@ def scorers_to_proto(scorers: Sequence[ScorerInfo]) -> reward_pb2.ListScorersRes
 def _score_to_proto(item: ItemScore) -> reward_pb2.ItemScore:
     outcome = item.outcome
     if not isinstance(outcome, Score):
-        status = status_to_proto(outcome)
-        return reward_pb2.ItemScore(id=item.id, status=status, scorer=item.scorer, revision=item.revision)
+        return reward_pb2.ItemScore(
+            id=item.id,
+            status=status_to_proto(outcome),
+            scorer=item.scorer,
+            model=item.model,
+            revision=item.revision,
+        )
     return reward_pb2.ItemScore(
         id=item.id,
         status=_OK,
         score=outcome.value,
         raw_score=outcome.raw if item.include_raw else None,
+        members=[_member_to_proto(member, include_raw=item.include_raw) for member in outcome.members],
+        spread=outcome.spread,
         truncated=outcome.truncated,
         num_tokens=outcome.num_tokens,
         scorer=item.scorer,
+        model=item.model,
         revision=item.revision,
+        length_penalty=outcome.length_penalty,
+    )
+
+
+def _member_to_proto(member: MemberOutcome, *, include_raw: bool) -> reward_pb2.MemberScore:
+    outcome = member.outcome
+    return reward_pb2.MemberScore(
+        scorer=member.scorer,
+        status=_OK if isinstance(outcome, Score) else status_to_proto(outcome),
+        score=outcome.value if isinstance(outcome, Score) else None,
+        weight=member.weight,
+        revision=member.revision,
+        model=member.model,
+        raw_score=outcome.raw if isinstance(outcome, Score) and include_raw else None,
+        length_penalty=outcome.length_penalty if isinstance(outcome, Score) else None,
     )
 
 

@@ -27,6 +27,7 @@ from steersman.reward.types import (
     TokenContent,
     check_content,
     failed,
+    settle,
 )
 from steersman.serving.batching import fail_after
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, queue_full, unavailable
@@ -160,7 +161,7 @@ class FunctionScorer:
         finally:
             self._num_waiting -= len(entries)
             for entry in entries:
-                _settle(entry, unavailable(f"scorer {self.name} is shutting down"))
+                settle(entry.future, unavailable(f"scorer {self.name} is shutting down"))
 
     async def _call_in_slot(self, entries: Sequence[_Entry]) -> list[_Entry]:
         """Scores by one call. Returns the items of a call that failed as a whole, unless there was just one."""
@@ -174,7 +175,7 @@ class FunctionScorer:
         if isinstance(outcomes, SteersmanError):
             outcomes = [outcomes] * len(wanted)
         for entry, outcome in zip(wanted, outcomes, strict=True):
-            _settle(entry, outcome)
+            settle(entry.future, outcome)
         return []
 
     async def _call(self, inputs: list[ScorerInput]) -> list[Score | SteersmanError] | SteersmanError:
@@ -274,14 +275,3 @@ def _as_list(values: object, num_items: int) -> list[object]:
     if len(found) != num_items:
         raise ValueError(f"returned {len(found)} scores for {num_items} items")
     return found
-
-
-def _settle(entry: _Entry, outcome: Score | SteersmanError) -> None:
-    if entry.future.done():
-        return
-    if isinstance(outcome, Score):
-        entry.future.set_result(outcome)
-    else:
-        entry.future.set_exception(outcome)
-        # Looked at here, so that nothing is logged if the caller is cancelled before it looks.
-        entry.future.exception()

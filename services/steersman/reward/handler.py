@@ -5,15 +5,18 @@ Invariants:
 - a response has exactly one outcome an item; what is wrong with one item concerns no other;
 - a stream holds at most `MAX_STREAM_ITEMS` items at a time: beyond that it is not read, and flow control holds the
   sender back; a full queue does the same, it never breaks a stream;
-- a caller who goes away takes its waiting items along.
+- a caller who goes away takes its waiting items along;
+- a name is resolved when items are submitted, with nothing awaited in between: what it leads to then scores them, and
+  is named in their outcomes, wherever the name leads by the time they are done.
 """
 
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from steersman.reward.ensemble import EnsembleScorer
 from steersman.reward.types import (
     ItemScore,
     Score,
@@ -42,11 +45,15 @@ class StreamPart:
 class RewardHandler:
     """All scorers of a server by name, one of which is the default."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], default: str) -> None:
+    def __init__(
+        self, scorers: Mapping[str, Scorer], default: str, *, watched: Callable[[], Iterable[Scorer]] | None = None
+    ) -> None:
+        """`scorers` may change while it serves. The server is healthy while those that `watched` gives are."""
         if default not in scorers:
             raise ValueError(f"default is {default!r}, allowed: {', '.join(scorers)}")
-        self._scorers = dict(scorers)
+        self._scorers = scorers
         self._default = default
+        self._watched = watched or scorers.values
 
     async def score(self, items: Sequence[ScoreItem], options: ScoreOptions) -> list[ItemScore]:
         """One outcome an item, in order.
@@ -54,12 +61,12 @@ class RewardHandler:
         Raises `SteersmanError` for the whole call: INVALID_FIELD (no items), REQUEST_TOO_LARGE, NOT_FOUND,
         QUEUE_FULL, ENGINE_UNAVAILABLE.
         """
-        scorer = self._find(options)
+        found = self._find(options)
         _check_number(items, at_least=1)
-        futures = await scorer.submit(items, options)
+        futures = await found.scorer.submit(items, options)
         # Cancelling gather cancels the futures, which withdraws the items.
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
-        return [_item_score(item, scorer, options, outcome) for item, outcome in zip(items, outcomes, strict=True)]
+        return [found.item_score(item, options, outcome) for item, outcome in zip(items, outcomes, strict=True)]
 
     async def stream(self, parts: AsyncIterator[StreamPart]) -> AsyncGenerator[list[ItemScore], None]:
         """Outcomes as they are ready, in any order; ends when `parts` has ended and all are out.
@@ -77,30 +84,59 @@ class RewardHandler:
     def scorers(self) -> list[ScorerInfo]:
         """All scorers, ascending by name."""
         return [
-            ScorerInfo(name=name, kind=scorer.kind, model=scorer.model, is_default=name == self._default)
+            ScorerInfo(
+                name=name,
+                kind=scorer.kind,
+                model=scorer.model,
+                members=scorer.members if isinstance(scorer, EnsembleScorer) else (),
+                is_default=name == self._default,
+            )
             for name, scorer in sorted(self._scorers.items())
         ]
 
     async def check_health(self) -> None:
         """Raises when a scorer cannot score."""
-        for scorer in self._scorers.values():
+        for scorer in list(self._watched()):
             await scorer.check_health()
 
     async def close(self) -> None:
         """Fails what waits and frees the models."""
         await asyncio.gather(*(scorer.close() for scorer in self._scorers.values()))
 
-    def _find(self, options: ScoreOptions) -> Scorer:
+    def _find(self, options: ScoreOptions) -> "_Found":
         name = options.scorer or self._default
-        if name not in self._scorers:
+        scorer = self._scorers.get(name)
+        if scorer is None:
             raise not_found("scorer", name, list(self._scorers))
-        return self._scorers[name]
+        return _Found(name, scorer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a name led to."""
+
+    name: str
+    scorer: Scorer
+
+    def item_score(self, item: ScoreItem, options: ScoreOptions, outcome: Score | BaseException) -> ItemScore:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, SteersmanError):
+            logger.error("scorer %s failed unexpectedly", self.name, exc_info=outcome)
+            outcome = SteersmanError(Reason.INTERNAL, f"scorer {self.name} failed; the server's log says why")
+        model = self.scorer.model
+        return ItemScore(
+            id=item.id,
+            outcome=outcome,
+            scorer=self.name,
+            model=self.scorer.name if model is not None else "",
+            revision=model.revision if model is not None else "",
+            include_raw=options.include_raw,
+        )
 
 
 class _Stream:
     """One scoring stream: a task reads parts and submits them, finished items go to a queue that the caller reads."""
 
-    def __init__(self, find: Callable[[ScoreOptions], Scorer], parts: AsyncIterator[StreamPart]) -> None:
+    def __init__(self, find: Callable[[ScoreOptions], _Found], parts: AsyncIterator[StreamPart]) -> None:
         self._find = find
         self._parts = parts
         self._running: dict[str, asyncio.Future[Score]] = {}
@@ -135,12 +171,12 @@ class _Stream:
         options = ScoreOptions()
         async for part in self._parts:
             options = part.options or options
-            scorer = self._find(options)
+            self._find(options)
             _check_number(part.items, at_least=0)
             if part.items:
                 self._claim_ids(part.items)
                 await self._wait_for_room(len(part.items))
-                await self._submit(scorer, part.items, options)
+                await self._submit(part.items, options)
 
     def _claim_ids(self, items: Sequence[ScoreItem]) -> None:
         for index, item in enumerate(items):
@@ -154,10 +190,11 @@ class _Stream:
             self._progress.clear()
             await self._progress.wait()
 
-    async def _submit(self, scorer: Scorer, items: Sequence[ScoreItem], options: ScoreOptions) -> None:
+    async def _submit(self, items: Sequence[ScoreItem], options: ScoreOptions) -> None:
         while True:
+            found = self._find(options)
             try:
-                futures = await scorer.submit(items, options)
+                futures = await found.scorer.submit(items, options)
                 break
             except SteersmanError as error:
                 if error.reason is not Reason.QUEUE_FULL:
@@ -165,12 +202,12 @@ class _Stream:
                 await asyncio.sleep(error.retry_after_seconds or 0.1)
         for item, future in zip(items, futures, strict=True):
             self._running[item.id] = future
-            future.add_done_callback(functools.partial(self._finish, item, scorer, options))
+            future.add_done_callback(functools.partial(self._finish, item, found, options))
 
-    def _finish(self, item: ScoreItem, scorer: Scorer, options: ScoreOptions, future: "asyncio.Future[Score]") -> None:
+    def _finish(self, item: ScoreItem, found: _Found, options: ScoreOptions, future: "asyncio.Future[Score]") -> None:
         self._running.pop(item.id, None)
         if not future.cancelled():
-            self._ready.put_nowait(_item_score(item, scorer, options, future.exception() or future.result()))
+            self._ready.put_nowait(found.item_score(item, options, future.exception() or future.result()))
 
 
 def _check_number(items: Sequence[ScoreItem], *, at_least: int) -> None:
@@ -179,13 +216,3 @@ def _check_number(items: Sequence[ScoreItem], *, at_least: int) -> None:
         raise invalid_field("items", "no items", allowed)
     if len(items) > MAX_BATCH_ITEMS:
         raise invalid_field("items", f"{len(items)} items", allowed, reason=Reason.REQUEST_TOO_LARGE)
-
-
-def _item_score(item: ScoreItem, scorer: Scorer, options: ScoreOptions, outcome: Score | BaseException) -> ItemScore:
-    revision = scorer.model.revision if scorer.model is not None else ""
-    if isinstance(outcome, BaseException) and not isinstance(outcome, SteersmanError):
-        logger.error("scorer %s failed unexpectedly", scorer.name, exc_info=outcome)
-        outcome = SteersmanError(Reason.INTERNAL, f"scorer {scorer.name} failed; the server's log says why")
-    return ItemScore(
-        id=item.id, outcome=outcome, scorer=scorer.name, revision=revision, include_raw=options.include_raw
-    )

@@ -1,4 +1,8 @@
-"""A scorer that is a scalar-head model: tokenizes on a thread of its own, batches across callers, normalises."""
+"""A scorer that is a scalar-head model: tokenizes on a thread of its own, batches across callers.
+
+Score = (raw - mean) / std - length penalty: what the model says, normalised as was fitted for the model, less what the
+settings take for a long response.
+"""
 
 import asyncio
 import math
@@ -9,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from steersman.reward.engine.port import ScoreEngine
+from steersman.reward.cache import ScoreCache
+from steersman.reward.engine.port import Normalization, ScoreEngine
+from steersman.reward.settings import LengthPenaltySettings
 from steersman.reward.text import Encoded, TextEncoder, shorten
 from steersman.reward.types import (
     ChatContent,
@@ -23,6 +29,7 @@ from steersman.reward.types import (
     check_content,
     failed,
 )
+from steersman.serving.arrangement import ByPrefix
 from steersman.serving.batch_metrics import BatchObserver
 from steersman.serving.batching import Batcher, BatchingSettings, Priority
 from steersman.serving.service import EngineDead
@@ -36,6 +43,7 @@ _SUSPECT_AFTER_FAILURES = 8
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     token_ids: NDArray[np.int32]
+    num_response_tokens: int
     truncated: bool
 
 
@@ -54,27 +62,45 @@ class ModelScorer:
         bos_token_id: int | None = None,
         stall_seconds: float = 300.0,
         observer: BatchObserver | None = None,
+        normalization: Normalization | None = None,
+        length_penalty: LengthPenaltySettings | None = None,
+        cache: ScoreCache | None = None,
+        tokenizer_digest: str = "",
+        parameter_bytes: int = 0,
     ) -> None:
-        """Without an `encoder` (a model without a tokenizer) only token ids can be scored."""
+        """Without an `encoder` (a model without a tokenizer) only token ids can be scored.
+
+        `normalization` stands for the engine's own. `tokenizer_digest` tells tokenizers apart; empty: not known.
+        """
         self.name = name
+        self.tokenizer_digest = tokenizer_digest
+        self.parameter_bytes = parameter_bytes
+        self._normalization = normalization or engine.normalization
+        self._length_penalty = length_penalty
+        self._cache = cache
         self._engine = engine
         self._encoder = encoder
         self._bos_token_id = bos_token_id
         self._stall_seconds = stall_seconds
         # One thread: tokenizers are not thread-safe, and a fast one uses all cores for a batch anyway.
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"tokenizer-{name}")
-        self._batcher: Batcher[_Job, Score] = Batcher(self._score, batching, name=name, observer=observer)
+        arrangement = ByPrefix[_Job](lambda job: job.token_ids) if engine.shares_prefixes else None
+        self._batcher: Batcher[_Job, Score] = Batcher(
+            self._score, batching, name=name, observer=observer, arrangement=arrangement
+        )
 
     @property
     def model(self) -> ModelInfo:
         """See `Scorer.model`."""
         return self._engine.model
 
-    async def warm_up(self) -> None:
-        """Runs a few batches, so that the first caller does not pay for the first use of a kernel."""
+    async def warm_up(self) -> bool:
+        """Runs a few batches, so that the first caller does not pay for the first use of a kernel.
+
+        Returns whether all scores were finite.
+        """
         longest = min(256, self.model.max_sequence_tokens)
-        for length in sorted({min(16, longest), longest}):
-            await self._probe(length)
+        return all([await self._probe(length) for length in sorted({min(16, longest), longest})])
 
     async def submit(self, items: Sequence[ScoreItem], options: ScoreOptions) -> "list[asyncio.Future[Score]]":
         """See `Scorer.submit`."""
@@ -122,59 +148,79 @@ class ModelScorer:
     def _enqueue(
         self, items: Sequence[ScoreItem], jobs: Sequence[_Job | SteersmanError | None], options: ScoreOptions
     ) -> "list[asyncio.Future[Score]]":
-        good = [(job, item.timeout_s) for job, item in zip(jobs, items, strict=True) if isinstance(job, _Job)]
-        queued = iter(
-            self._batcher.submit(
-                [job for job, _ in good],
-                [len(job.token_ids) for job, _ in good],
+        pairs = [(job, item.timeout_s) for job, item in zip(jobs, items, strict=True) if isinstance(job, _Job)]
+        good, timeouts_s = [job for job, _ in pairs], [timeout_s for _, timeout_s in pairs]
+        if not good:
+            queued: list[asyncio.Future[Score]] = []
+        elif self._cache is None:
+            queued = self._run(good, options.priority, timeouts_s)
+        else:
+            queued = self._cache.submit(
+                [job.token_ids for job in good],
                 priority=options.priority,
-                timeouts_s=[timeout_s for _, timeout_s in good],
+                timeouts_s=timeouts_s,
+                start=lambda chosen: self._run([good[index] for index in chosen], options.priority),
+                score=lambda index, raw: self._to_score(good[index], raw),
             )
-            if good
-            else ()
-        )
-        return [failed(job) if isinstance(job, SteersmanError) else next(queued) for job in jobs]
+        rest = iter(queued)
+        return [failed(job) if isinstance(job, SteersmanError) else next(rest) for job in jobs]
+
+    def _run(
+        self, jobs: Sequence[_Job], priority: Priority, timeouts_s: Sequence[float | None] | None = None
+    ) -> "list[asyncio.Future[Score]]":
+        lengths = [len(job.token_ids) for job in jobs]
+        return self._batcher.submit(jobs, lengths, priority=priority, timeouts_s=timeouts_s)
 
     def _fit(self, index: int, content: Content, encoded: Encoded, options: ScoreOptions) -> _Job | SteersmanError:
         """The job of an item whose tokens are known, if they are of the vocabulary and not too many."""
         ids, vocab_size, limit = encoded.token_ids, self.model.vocab_size, self.model.max_sequence_tokens
         if ids.min() < 0 or ids.max() >= vocab_size:
             return _outside_vocabulary(index, content, ids, vocab_size)
+        num_response_tokens = len(ids) - encoded.num_prompt_tokens
         if len(ids) <= limit:
-            return _Job(token_ids=ids, truncated=False)
+            return _Job(token_ids=ids, num_response_tokens=num_response_tokens, truncated=False)
         if not options.truncate_prompt:
             return invalid_field(
                 f"items[{index}]", f"{len(ids)} tokens", f"at most {limit} tokens", reason=Reason.SEQUENCE_TOO_LONG
             )
         shorter = shorten(encoded, limit, self._bos_token_id)
         if shorter is None:
-            response = f"a response of {len(ids) - encoded.num_prompt_tokens} tokens"
+            response = f"a response of {num_response_tokens} tokens"
             return invalid_field(
                 f"items[{index}]", response, f"at most {limit} tokens", reason=Reason.SEQUENCE_TOO_LONG
             )
-        return _Job(token_ids=shorter.token_ids, truncated=True)
+        return _Job(token_ids=shorter.token_ids, num_response_tokens=num_response_tokens, truncated=True)
 
-    async def _probe(self, num_tokens: int) -> None:
+    async def _probe(self, num_tokens: int) -> bool:
         ids = np.arange(num_tokens, dtype=np.int32) % self.model.vocab_size
-        job = _Job(token_ids=ids, truncated=False)
-        futures = self._batcher.submit([job, job], [num_tokens] * 2, priority=Priority.INTERACTIVE)
-        for outcome in await asyncio.gather(*futures, return_exceptions=True):
+        job = _Job(token_ids=ids, num_response_tokens=0, truncated=False)
+        outcomes = await asyncio.gather(*self._run([job, job], Priority.INTERACTIVE), return_exceptions=True)
+        for outcome in outcomes:
             # A model that gives NaN does run: its items fail, one by one, with that reason.
             if isinstance(outcome, BaseException) and not isinstance(outcome, SteersmanError):
                 raise outcome
+        return all(isinstance(outcome, Score) for outcome in outcomes)
 
     def _score(self, jobs: Sequence[_Job]) -> list[Score | Exception]:
         """On the worker thread."""
-        normalize = self._engine.normalization.apply
         outcomes: list[Score | Exception] = []
         for job, raw in zip(jobs, self._engine.score([job.token_ids for job in jobs]), strict=True):
-            value = normalize(raw)
-            if math.isfinite(value):
-                outcomes.append(Score(value=value, raw=raw, num_tokens=len(job.token_ids), truncated=job.truncated))
+            score = self._to_score(job, raw)
+            if math.isfinite(score.value):
+                outcomes.append(score)
             else:
-                message = f"scorer {self.name} gave {raw} for the item"
-                outcomes.append(SteersmanError(Reason.NOT_FINITE, message))
+                outcomes.append(SteersmanError(Reason.NOT_FINITE, f"scorer {self.name} gave {raw} for the item"))
         return outcomes
+
+    def _to_score(self, job: _Job, raw: float) -> Score:
+        penalty = self._length_penalty.of(job.num_response_tokens) if self._length_penalty is not None else None
+        return Score(
+            value=self._normalization.apply(raw) - (penalty or 0.0),
+            raw=raw,
+            num_tokens=len(job.token_ids),
+            truncated=job.truncated,
+            length_penalty=penalty,
+        )
 
 
 def _outside_vocabulary(index: int, content: Content, ids: NDArray[np.int32], vocab_size: int) -> SteersmanError:

@@ -8,7 +8,9 @@ import grpc
 
 from steersman.reward import convert
 from steersman.reward.handler import RewardHandler
-from steersman.v1 import reward_pb2, reward_pb2_grpc
+from steersman.reward.model_manager import ModelManager
+from steersman.reward.model_servicer import RewardModelServicer
+from steersman.v1 import reward_model_pb2, reward_model_pb2_grpc, reward_pb2, reward_pb2_grpc
 
 
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
@@ -46,13 +48,20 @@ class RewardService:
 
     name = "reward"
 
-    def __init__(self, handler: RewardHandler) -> None:
+    def __init__(self, handler: RewardHandler, manager: ModelManager | None = None) -> None:
+        """Without a `manager` the models are those that it starts with, and RewardModelService is not there."""
         self._handler = handler
+        self._manager = manager
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """See `Service.register`."""
         reward_pb2_grpc.add_RewardServiceServicer_to_server(RewardServicer(self._handler), server)
-        return [reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name]
+        names = [reward_pb2.DESCRIPTOR.services_by_name["RewardService"].full_name]
+        if self._manager is not None:
+            servicer = RewardModelServicer(self._manager)
+            reward_model_pb2_grpc.add_RewardModelServiceServicer_to_server(servicer, server)
+            names.append(reward_model_pb2.DESCRIPTOR.services_by_name["RewardModelService"].full_name)
+        return names
 
     async def check_health(self) -> None:
         """See `Service.check_health`."""
@@ -63,4 +72,6 @@ class RewardService:
 
     async def close(self) -> None:
         """See `Service.close`."""
+        if self._manager is not None:
+            await self._manager.close()
         await self._handler.close()

@@ -64,21 +64,40 @@ class ScoreOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A score (finite), the one before normalisation, and how many tokens it took (0 for a function)."""
+    """A score (finite), the one before normalisation and length penalty, and how many tokens it took (0: a function).
+
+    `length_penalty` was subtracted; None without such a setting. A combined score has no `raw`, but `members` and
+    their `spread`.
+    """
 
     value: float
-    raw: float
+    raw: float | None
     num_tokens: int = 0
     truncated: bool = False
+    length_penalty: float | None = None
+    members: "tuple[MemberOutcome, ...]" = ()
+    spread: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemberOutcome:
+    """The part of one scorer in a combined score; its weight is 0 if it failed."""
+
+    scorer: str
+    outcome: Score | SteersmanError
+    weight: float
+    model: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemScore:
-    """The outcome of one item: a score or an error."""
+    """The outcome of one item: a score or an error; who answered, and by which model of which revision."""
 
     id: str
     outcome: Score | SteersmanError
     scorer: str
+    model: str = ""
     revision: str = ""
     include_raw: bool = False
 
@@ -88,15 +107,17 @@ class ScorerKind(StrEnum):
 
     MODEL = "model"
     FUNCTION = "function"
+    ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerInfo:
-    """A scorer for people to see; `model` is None for a function."""
+    """A scorer for people to see; `model` is None for all but models, `members` are the names that an ensemble has."""
 
     name: str
     kind: ScorerKind
     model: ModelInfo | None = None
+    members: tuple[str, ...] = ()
     is_default: bool = False
 
 
@@ -105,7 +126,7 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """Name by which requests ask for it."""
+        """Its own name; several names may lead to it."""
         ...
 
     @property
@@ -155,7 +176,17 @@ def check_content(index: int, content: Content | None) -> SteersmanError | None:
 def failed(error: SteersmanError) -> "asyncio.Future[Score]":
     """A future of the running loop that has failed already."""
     future: asyncio.Future[Score] = asyncio.get_running_loop().create_future()
-    future.set_exception(error)
-    # Looked at here, so that nothing is logged if the caller is cancelled before it looks.
-    future.exception()
+    settle(future, error)
     return future
+
+
+def settle(future: "asyncio.Future[Score]", outcome: Score | BaseException) -> None:
+    """Gives a future its outcome, unless it has one."""
+    if future.done():
+        return
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+        # Looked at here, so that nothing is logged if the caller is cancelled before it looks.
+        future.exception()
+    else:
+        future.set_result(outcome)
