@@ -9,7 +9,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,8 +20,12 @@ from steersman.serving.interceptor import CallInterceptor
 from steersman.serving.metrics import Metrics
 from steersman.serving.service import EngineDead, Service
 from steersman.serving.settings import ServerSettings
+from steersman.wire.limits import MIB
 
 logger = logging.getLogger(__name__)
+
+# 16 GB/s on a link with a round trip of a millisecond, and 320 MB/s across 50 of them.
+_WINDOW_BYTES: Final = 16 * MIB
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -156,6 +160,10 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         ("grpc.max_send_message_length", settings.max_message_bytes),
         # Two servers on one port would each get some of the calls.
         ("grpc.so_reuseport", 0),
+        # How far a sender may run ahead on one stream: a bound on memory that does not depend on who is faster. gRPC's
+        # own estimate is left off: while the reader waits for a core it grows to hundreds of MiB.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
         # Clients may ping every 10 s while idle, to notice a dead connection.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

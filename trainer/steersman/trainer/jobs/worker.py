@@ -25,6 +25,7 @@ from steersman.trainer.jobs.launcher import EXIT_FOLDER_IN_USE, process_handle
 from steersman.trainer.jobs.model import JobState
 from steersman.trainer.jobs.registry import STAGES, Stages
 from steersman.trainer.jobs.store import JobStore
+from steersman.wire.allocator import keep_freed_memory
 from steersman.wire.errors import Reason, SteersmanError
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None, stages: Stages = STAGES) -> int:
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m steersman.trainer.jobs.worker RUN_DIR\n")
         return EXIT_USAGE
+    keep_freed_memory()  # chunks of weights go out at the speed of memory
     stop = StopFlag()
     serving_logging.configure("worker", os.environ.get("STEERSMAN_LOG_LEVEL", "info"), "text")
     directory = Path(arguments[0]).resolve()

@@ -106,10 +106,10 @@ class WeightImage:
             yield DensePart(tensor_index=index, element_offset=start, num_elements=min(step, size - start))
 
     def chunk(self, part: DensePart, spec: TensorSpec) -> WeightChunk:
-        """The dense chunk of a part of the tensor `spec`."""
+        """The dense chunk of a part of the tensor `spec`. Its data is no copy where the types agree."""
         start = part.element_offset
         elements = self._tensors[spec.name].reshape(-1)[start : start + part.num_elements]
-        data = _bits(elements.to(getattr(torch, spec.dtype))).tobytes()
+        data = _bits(elements.to(getattr(torch, spec.dtype))).view("u1").data
         return WeightChunk(
             tensor_index=part.tensor_index,
             element_offset=start,
