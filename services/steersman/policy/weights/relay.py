@@ -157,6 +157,28 @@ class RelayStream:
         return [receipt for link in receipts for receipt in link]
 
 
+class Patience:
+    """How long a link may hold up its stream: `stall_s` at once, and in all no longer than that and as long as it did
+    not hold it up. So a link that stands still costs `stall_s`, and a slow one at most doubles the time of a push.
+
+    Times are in seconds, on one monotonic clock.
+    """
+
+    def __init__(self, stall_s: float, now: float) -> None:
+        self.stall_s = stall_s
+        self._began = now
+        self._spent_s = 0.0
+
+    def left(self, now: float) -> float:
+        """How long it may be waited for from `now` on; not above `stall_s`."""
+        free_s = now - self._began - self._spent_s
+        return max(0.0, min(self.stall_s, self.stall_s + free_s - self._spent_s))
+
+    def spend(self, seconds: float) -> None:
+        """It was waited for."""
+        self._spent_s += seconds
+
+
 class _Link:
     """One stream to the next replica, written by a task of its own."""
 
@@ -166,9 +188,7 @@ class _Link:
         self._hop = hop
         self._open_channel = open_channel
         self._timeout = timeout
-        self._patience_s = patience_s
-        self._opened = time.monotonic()
-        self._held_s = 0.0
+        self._patience = Patience(patience_s, time.monotonic())
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(_QUEUED_CHUNKS)
         self._error: SteersmanError | None = None
         self._response: weights_pb2.PushChunksResponse | None = None
@@ -187,19 +207,18 @@ class _Link:
             self._queue.put_nowait(data)
             return
         started = time.monotonic()
-        allowed = min(self._patience_s, self._patience_s + (started - self._opened) - 2 * self._held_s)
         try:
-            async with asyncio.timeout(max(0.0, allowed)):
+            async with asyncio.timeout(self._patience.left(started)):
                 await self._queue.put(data)
         except TimeoutError:
             self._give_up()
         finally:
-            self._held_s += time.monotonic() - started
+            self._patience.spend(time.monotonic() - started)
 
     async def finish(self) -> list[weights_pb2.RelayReceipt]:
         """Waits for the answer, and tells what became of the replica and of those behind it."""
         await self.put(None)
-        await asyncio.wait([self._task], timeout=self._patience_s)
+        await asyncio.wait([self._task], timeout=self._patience.stall_s)
         if not self._task.done():
             self._give_up()
         if self._response is None:
@@ -218,8 +237,8 @@ class _Link:
         self._fail(
             SteersmanError(
                 Reason.DEADLINE_EXCEEDED,
-                f"{self._hop.target} held up the stream ({self._held_s:.1f} s in all, at most {self._patience_s:g} s "
-                "at once), and gets no more of it",
+                f"{self._hop.target} held up the stream: for over {self._patience.stall_s:g} s at once, or for most of "
+                "the time",
             )
         )
         self.cancel()
