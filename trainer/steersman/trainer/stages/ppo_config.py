@@ -36,11 +36,33 @@ class ServiceSettings(_Settings):
     truncate_prompt: bool = Field(
         default=False, description="Let the reward service shorten prompts that are too long for its model."
     )
-    push_encoding: Literal["auto", "dense", "delta"] = Field(
+    push_encoding: Literal["auto", "dense", "delta", "compact"] = Field(
         default="auto",
-        description="How new weights travel to a replica that serves the version before: all of them (dense), what "
-        "changed wherever that is smaller (delta), or what changed where few elements have (auto). All but dense keep "
-        "the version before, one more copy of the weights in host memory.",
+        description="How new weights travel to a replica that serves a version of late: all of them (dense), what "
+        "changed wherever that is smaller (delta), the same in a quarter fewer bytes at a third of the speed, for "
+        "wide-area links (compact), or what changed where few elements have (auto). All but dense hold the version "
+        "before in host memory until the difference is encoded.",
+    )
+    delta_history_mib: int = Field(
+        default=256,
+        ge=0,
+        description="Host memory for the differences between late versions, never more than the weights themselves: a "
+        "replica that stayed behind gets those that it missed, if they are smaller than all weights. 0 keeps the "
+        "newest only.",
+    )
+    activation: Literal["as_staged", "all_or_nothing"] = Field(
+        default="as_staged",
+        description="When a replica switches to new weights: as soon as it has them, or when a quorum has them, and "
+        "then all at once. Without a quorum nobody switches, and the same weights are published again until "
+        "give_up_seconds have passed.",
+    )
+    activation_quorum: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the replicas that all_or_nothing waits for."
+    )
+    stage_timeout_seconds: Positive = Field(
+        default=600.0,
+        description="How long a step waits for replicas to receive new weights. Slower ones get no prompts until they "
+        "have them.",
     )
     max_in_flight: int = Field(default=256, ge=1, description="Samples under way at one policy replica.")
     call_items: int = Field(default=32, ge=1, le=1024, description="Completions in one call to reward or reference.")

@@ -263,6 +263,7 @@ class PpoLoop:
             "push/bytes": float(report.pushed_bytes),
             "push/delta_share": report.delta_share,
             "push/pause_seconds": report.pause_seconds,
+            "push/activation_skew_seconds": report.activation_skew_seconds,
             "push/replicas_behind": float(len(report.failures)),
         }
 

@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final, TypeVar
 
@@ -110,9 +110,9 @@ class EncodedDelta:
         """Makes the dense chunks too and lets go of the image."""
         image = self._image
         if image is not None and self.is_complete:
-            parts = list(self._parts)
+            parts = self._parts
             if any(isinstance(part, DensePart) for part in parts):
-                parts[:] = await asyncio.to_thread(lambda: [self._chunk(part, image) for part in parts])
+                parts = await asyncio.to_thread(lambda: [self._copy(part, image) for part in self._parts])
             self._parts, self._image = parts, None
 
     async def chunks(self) -> AsyncIterator[WeightChunk]:
@@ -161,6 +161,12 @@ class EncodedDelta:
 
     def _chunk(self, part: WeightChunk | DensePart, image: WeightImage) -> WeightChunk:
         return part if isinstance(part, WeightChunk) else image.chunk(part, self.manifest[part.tensor_index])
+
+    def _copy(self, part: WeightChunk | DensePart, image: WeightImage) -> WeightChunk:
+        if isinstance(part, WeightChunk):
+            return part
+        chunk = self._chunk(part, image)
+        return replace(chunk, data=bytes(chunk.data))  # else it may be a view that holds the image
 
     def _size(self, part: DensePart) -> int:
         return part.num_elements * item_bytes(dtype_from_name(self.manifest[part.tensor_index].dtype))

@@ -4,6 +4,7 @@ Invariants:
 
 - At most one transaction of ours is under way at a replica, whoever asked for it.
 - What a replica serves is ours only if its digest is, whatever it calls the version.
+- Of two jobs that push to one replica the one that came later keeps it; the other is told, and does not push it back.
 - A delta goes only to a replica that says that it serves the version which the delta starts from, with that version's
   digest; after any doubt about its base, all weights go. What is staged is proven by the digest of all weights either
   way.
@@ -95,6 +96,7 @@ class Replica:
         self._is_closed = False
         self._limit: asyncio.Timeout | None = None
         self._num_delta_refusals = 0
+        self._has_served_us = False
 
     @property
     def target(self) -> str:
@@ -144,6 +146,7 @@ class Replica:
             image.check(manifest)
         except ValueError as error:
             raise WeightsRefused(f"{self.target} serves another model: {error}") from error
+        self._require_not_taken(state.active.version, image.version)
         digest = await asyncio.to_thread(image.digest, manifest)
         if state.active.version == image.version:
             self._require_ours(state.active, digest)
@@ -235,9 +238,17 @@ class Replica:
             raise
         return Staged(digest=digest, push_id=push.push_id)
 
+    def _require_not_taken(self, active: WeightVersion, wanted: WeightVersion) -> None:
+        """A replica may serve what another job made before us, and what our own job made; but not after us."""
+        if self._has_served_us and active.run_id and active.job != wanted.job:
+            raise WeightsRefused(
+                f"{self.target} served this job and now serves {active}: another trainer has taken it over"
+            )
+
     def _require_ours(self, active: WeightSnapshot, digest: bytes) -> None:
         if active.digest != digest:
             raise WeightsRefused(
                 f"{self.target} serves other weights as {active.version} (digest {active.digest.hex()}, must be "
                 f"{digest.hex()}): another trainer pushes under this run id"
             )
+        self._has_served_us = True
