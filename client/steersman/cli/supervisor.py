@@ -88,11 +88,17 @@ class ServiceSpec:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that no other program is given as long as this process lives.
+
+    It stays bound, without listening: the kernel then gives it neither to outgoing connections nor to those who ask for
+    any free port. A server that is told the number can listen on it, since it binds with SO_REUSEADDR as servers do.
+    """
+    holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind((host, 0))
+    port: int = holder.getsockname()[1]
+    holder.detach()  # held until the process ends
+    return port
 
 
 def port_in_use(host: str, port: int) -> bool:

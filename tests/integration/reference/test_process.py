@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 import urllib.request
 from collections.abc import AsyncIterator
@@ -17,16 +16,11 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from steersman.cli.supervisor import free_port
 from steersman.v1 import reference_pb2, reference_pb2_grpc
 from steersman.wire.tensors import from_ragged, to_ragged
 
 DEADLINE_S = 90
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+from steersman.cli.supervisor import free_port
 from steersman.v1 import reward_pb2, reward_pb2_grpc, types_pb2
 
 DEADLINE_S = 90
@@ -34,12 +34,6 @@ def gated(items):
         time.sleep(0.01)
     return length(items)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @asynccontextmanager

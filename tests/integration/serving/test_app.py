@@ -12,16 +12,11 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from steersman.cli.supervisor import free_port
 from steersman.v1 import policy_pb2, policy_pb2_grpc
 
 PROGRAM = Path(__file__).parent / "server_process.py"
 DEADLINE_SECONDS = 60
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @asynccontextmanager
