@@ -1,9 +1,9 @@
 """What the command says: results on stdout, everything else on stderr; one clean message for an error, no traceback."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final, cast
 
 import typer
 from rich.console import Console
@@ -13,9 +13,23 @@ from typer.core import TyperGroup
 from steersman.cli.supervisor import StartError
 from steersman.wire.errors import Code, SteersmanError
 
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+# The class of all errors in a command line; typer brings it along and gives it no public name.
+_UsageError: Final = cast(type[Exception], typer.BadParameter.__mro__[2])
+
 
 class CommandError(Exception):
     """A failure with a message for the user."""
+
+    exit_code = EXIT_FAILED
+
+
+class InputError(CommandError):
+    """What the user gave cannot be used, whatever the services say. Counts as wrong usage."""
+
+    exit_code = EXIT_USAGE
 
 
 def out() -> Console:
@@ -42,18 +56,49 @@ def explain(error: Exception) -> str:
 
 @contextmanager
 def clean_errors() -> Iterator[None]:
-    """Turns failures into one message on stderr and exit status 1."""
+    """Turns failures into one message on stderr and exit status 1, or 2 for wrong usage."""
     try:
         yield
     except (SteersmanError, CommandError, StartError, OSError) as error:
-        text = Text("error: ", style="bold red")
-        text.append(explain(error), style="default")
-        err().print(text)
-        raise typer.Exit(1) from None
+        _print_error(explain(error))
+        raise typer.Exit(getattr(error, "exit_code", EXIT_FAILED)) from None
+
+
+def _print_error(message: str) -> None:
+    text = Text("error: ", style="bold red")
+    text.append(message, style="default")
+    err().print(text)
 
 
 class CleanGroup(TyperGroup):
-    """A group of commands whose failures end as `clean_errors` says."""
+    """A group of commands whose failures end as `clean_errors` says, and wrong usage with one line and status 2."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line, and ends the process."""
+        try:
+            status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except _UsageError as error:
+            if not standalone_mode:
+                raise
+            message = error.format_message()  # type: ignore[attr-defined]
+            if message.strip() and "\n" not in message:
+                _print_error(message[0].lower() + message[1:])
+            else:  # the help, where a command is missing
+                error.show()  # type: ignore[attr-defined]
+            sys.exit(EXIT_USAGE)
+        except typer.Abort:
+            status = EXIT_FAILED
+        if not standalone_mode:
+            return status
+        sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""

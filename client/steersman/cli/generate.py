@@ -14,7 +14,7 @@ def parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.strip("[] \n").replace(",", " ").split()]
     except ValueError:
-        raise console.CommandError(f"token ids are {text!r}, allowed: whole numbers, for example '1 2 3'") from None
+        raise console.InputError(f"token ids are {text!r}, allowed: whole numbers, for example '1 2 3'") from None
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:

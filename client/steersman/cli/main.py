@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Online RLHF as gRPC services: run them, ask them, train with them.",
 )
-jobs_app = typer.Typer(cls=CleanGroup, help="Training jobs: list, get, cancel, resume, watch.")
+jobs_app = typer.Typer(cls=CleanGroup, no_args_is_help=True, help="Training jobs: list, get, cancel, resume, watch.")
 app.add_typer(jobs_app, name="jobs")
 
 JobId = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]

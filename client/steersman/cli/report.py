@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from steersman.cli.console import CommandError
+from steersman.cli.console import CommandError, InputError
 
 _MODULE: Final = "steersman.trainer.report"
 _MISSING: Final = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
 def run(run_directory: Path, arguments: list[str]) -> None:
-    """Writes the report and passes on what that says. CommandError if it fails, or if its packages are missing."""
+    """Writes the report and passes on what that says. InputError for no folder; CommandError if it
+    fails, or if its packages are missing.
+    """
     if not run_directory.is_dir():
-        raise CommandError(f"RUN_DIRECTORY is {run_directory}, allowed: the run folder of a job")
+        raise InputError(f"RUN_DIRECTORY is {run_directory}, allowed: the run folder of a job")
     command = [sys.executable, "-m", _MODULE, str(run_directory), *arguments]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:

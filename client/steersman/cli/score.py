@@ -26,10 +26,10 @@ def progress_bar(what: str, total: int) -> Iterator[Any]:
 
 
 def item_of(row: dict[str, Any], where: str) -> ScoreItem:
-    """The item of a row {"prompt", "response", "id"?, "context"?}. CommandError for what cannot be scored."""
+    """The item of a row {"prompt", "response", "id"?, "context"?}. InputError for what cannot be scored."""
     context = row.get("context", {})
     if not isinstance(context, dict):
-        raise console.CommandError(f"{where}: context is a {type(context).__name__}, allowed: an object")
+        raise console.InputError(f"{where}: context is a {type(context).__name__}, allowed: an object")
     return ScoreItem(
         prompt=jsonl.field(row, "prompt", where),
         response=jsonl.field(row, "response", where),
@@ -94,7 +94,7 @@ def logprobs_file(
     for number, row in enumerate(rows, start=1):
         length = row.get("prompt_length", 1)
         if not isinstance(length, int):
-            raise console.CommandError(f"{source}: row {number}: prompt_length is {length!r}, allowed: a whole number")
+            raise console.InputError(f"{source}: row {number}: prompt_length is {length!r}, allowed: a whole number")
         sequences.append(jsonl.field(row, "token_ids", f"{source}: row {number}"))
         lengths.append(length)
     with jsonl.writer(target) as file, progress_bar("log-probs", len(rows)) as advance:

@@ -1,44 +1,28 @@
 """`steersman train` and `steersman jobs`: submit, watch, list, cancel, resume."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import typer
 import yaml
 
-from steersman.cli import console
+from steersman.cli import console, yaml_file
 from steersman.cli.job_view import JobView
 from steersman.client.trainer import TrainerClient
 from steersman.client.types import Job, JobState
 from steersman.wire.errors import SteersmanError
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 and 1.5e3 are numbers, which YAML 1.1 takes for text."""
-
-
-_EXPONENT: Final = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506  (it is a SafeLoader)
-
-
 def read_config(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings of a YAML file with `a.b=value` set on top; values are YAML. CommandError for what cannot be read."""
-    try:
-        config = _parse(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise console.CommandError(f"{path}: is not valid YAML: {error}") from None
+    """Settings of a YAML file with `a.b=value` set on top; values are YAML. InputError for what cannot be read."""
+    config = yaml_file.read(path)
     config = {} if config is None else config
     if not isinstance(config, dict):
-        raise console.CommandError(f"{path}: is a {type(config).__name__}, allowed: a mapping of settings")
+        raise console.InputError(f"{path}: is a {type(config).__name__}, allowed: a mapping of settings")
     for override in overrides:
         apply_override(config, override)
     return config
@@ -49,15 +33,15 @@ def apply_override(config: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     *parents, last = path.split(".")
     if not separator or not all([*parents, last]):
-        raise console.CommandError(f"--set is {override!r}, allowed: key=value or outer.inner=value")
+        raise console.InputError(f"--set is {override!r}, allowed: key=value or outer.inner=value")
     for depth, parent in enumerate(parents, start=1):
         config = config.setdefault(parent, {})
         if not isinstance(config, dict):
-            raise console.CommandError(f"--set {override}: {'.'.join(parents[:depth])} is a value, not a group")
+            raise console.InputError(f"--set {override}: {'.'.join(parents[:depth])} is a value, not a group")
     try:
-        config[last] = _parse(text)
+        config[last] = yaml_file.parse(text)
     except yaml.YAMLError:
-        raise console.CommandError(f"--set {override}: {text!r} is not a YAML value") from None
+        raise console.InputError(f"--set {override}: {text!r} is not a YAML value") from None
 
 
 def follow(client: TrainerClient, job: Job, after_sequence: int = 0) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from steersman.cli import console, up_config
 from steersman.cli.supervisor import ServiceProcess, Supervisor, describe_exit
+from steersman.wire.errors import SteersmanError
 
 _COLOURS: Final = ("cyan", "magenta", "green", "yellow", "blue", "bright_red")
 
@@ -55,7 +56,10 @@ def stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
 
 def run(path: Path, *, quiet: bool = False) -> None:
     """Runs the services until a signal comes. CommandError if one of them ends by itself; StartError if one fails."""
-    config = up_config.load(path)
+    try:
+        config = up_config.load(path)
+    except SteersmanError as error:
+        raise console.InputError(console.explain(error)) from None
     up_config.forget_inherited_settings()
     notes = console.err()
     with tempfile.TemporaryDirectory(prefix="steersman-up-") as folder:

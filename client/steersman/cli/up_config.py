@@ -19,6 +19,7 @@ from typing import Annotated, Any, Final, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from steersman.cli import yaml_file
 from steersman.cli.supervisor import ServiceSpec, free_port
 from steersman.wire.errors import FieldViolation, Reason, SteersmanError
 
@@ -84,7 +85,7 @@ class UpConfig(BaseModel):
             entry.setdefault("metrics_port", DEFAULT_METRICS_PORTS.get(service) if first else 0)
             for name in ("port", "metrics_port"):
                 if entry[name] == 0:
-                    entry[name] = free_port()
+                    entry[name] = free_port(str(entry.get("host", "127.0.0.1")))
             filled[key] = entry
         return values | {"services": filled}
 
@@ -126,15 +127,9 @@ def forget_inherited_settings() -> None:
 
 
 def load(path: Path) -> UpConfig:
-    """Reads the file. Raises INVALID_FIELD with a violation for each bad key."""
+    """Reads the file. Raises InputError if it is no YAML, INVALID_FIELD with a violation for each bad key."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SteersmanError(Reason.INVALID_FIELD, f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise SteersmanError(Reason.INVALID_FIELD, f"{path} is not valid YAML: {error}") from None
-    try:
-        return UpConfig.model_validate(values)
+        return UpConfig.model_validate(yaml_file.read(path))
     except ValidationError as error:
         raise SteersmanError(Reason.INVALID_FIELD, f"{path} has bad settings", violations=explain(error)) from None
 

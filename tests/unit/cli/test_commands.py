@@ -155,7 +155,8 @@ def test_jobs_table() -> None:
         (["score", "-p", "only a prompt"], 2, "--input"),
         (["logprobs"], 2, "--ids"),
         (["train", "dpo", "x.yaml"], 2, "dpo"),
-        (["report", "no-such-folder"], 1, "no-such-folder"),
+        (["report", "no-such-folder"], 2, "no-such-folder"),
+        (["jobs"], 2, "resume"),
         (["--token-file", __file__, "jobs", "list"], 2, "--tls"),
     ],
 )
@@ -163,3 +164,42 @@ def test_usage(arguments: list[str], code: int, text: str) -> None:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == code, result.output
     assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "sft", "none.yaml"], "'none.yaml' does not exist"),
+        (["train", "sft", "broken.yaml"], "broken.yaml:1:5: is not valid YAML"),
+        (["train", "sft", "binary.yaml"], "binary.yaml: is not UTF-8 text"),
+        (["train", "sft", "list.yaml"], "list.yaml: is a list"),
+        (["train", "sft", "good.yaml", "--set", "x"], "--set is 'x'"),
+        (["train", "dance", "good.yaml"], "'dance' is not one of"),
+        (["up", "none.yaml"], "'none.yaml' does not exist"),
+        (["up", "broken.yaml"], "broken.yaml:1:5: is not valid YAML"),
+        (["up", "list.yaml"], "list.yaml has bad settings"),
+        (["score", "-i", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
+        (["logprobs", "-i", "none.jsonl"], "none.jsonl: cannot be read: No such file"),
+        (["logprobs", "--ids", "one"], "token ids are 'one'"),
+        (["generate", "--ids", "one"], "token ids are 'one'"),
+        (["generate", "-n", "0", "prompt"], "--num-samples"),
+        (["report", "none"], "RUN_DIRECTORY is none"),
+        (["dance"], "'dance'"),
+        (["jobs", "get"], "missing argument"),
+    ],
+)
+def test_wrong_usage_is_one_plain_line(
+    arguments: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.yaml").write_text("a: b: c")
+    Path("binary.yaml").write_bytes(b"\xff\xfe")
+    Path("list.yaml").write_text("[1]")
+    Path("good.yaml").write_text("{}")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    line, *violations = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert part in line
+    assert all(violation.startswith("  ") for violation in violations)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from steersman.cli import up_config
+from steersman.cli.console import InputError
 from steersman.wire.errors import Reason, SteersmanError
 
 
@@ -73,9 +74,11 @@ def test_bad_files_are_explained(tmp_path: Path, text: str, field: str, part: st
 
 
 def test_a_file_that_is_no_yaml_or_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SteersmanError, match="not valid YAML"):
+    with pytest.raises(InputError, match=r"^\S+up.yaml:1:12: is not valid YAML: .*$"):
         load(tmp_path, "services: {")
-    with pytest.raises(SteersmanError, match="cannot read"):
+    with pytest.raises(InputError, match="nested too deep"):
+        load(tmp_path, "[" * 5000)
+    with pytest.raises(InputError, match="cannot be read: No such file"):
         up_config.load(tmp_path / "none.yaml")
 
 
