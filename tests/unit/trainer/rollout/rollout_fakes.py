@@ -62,6 +62,9 @@ class FakePolicy:
             yield answer
             await asyncio.sleep(0)
 
+    async def close(self) -> None:
+        self.events.append(f"{self.target} closed")
+
 
 @dataclass
 class FakeGate:

@@ -16,8 +16,9 @@ from steersman.wire.errors import Code, Reason, SteersmanError
 
 def collector(policies=None, reward=None, reference=None, gate=None, *, num_samples=2, **options):
     waits = options.pop("waits", None) or Waits()
+    ports = {policy.target: policy for policy in policies or [fakes.FakePolicy()]}
     return Collector(
-        policies or [fakes.FakePolicy()],
+        ports.__getitem__,
         reward or fakes.FakeReward(),
         reference or fakes.FakeReference(),
         gate or fakes.FakeGate(),
@@ -26,6 +27,7 @@ def collector(policies=None, reward=None, reference=None, gate=None, *, num_samp
             backoff=options.pop("backoff", Backoff()),
             **options,
         ),
+        targets=ports,
         waits=waits,
         sleep=fakes.no_sleep,
     )
@@ -112,6 +114,7 @@ async def test_a_replica_that_comes_back_is_made_current_before_it_gets_prompts(
         "policy-0 current",
         "policy-0 prompt 0 x1",
         "policy-0 ended 0.0",
+        "policy-0 closed",
     ]
 
 

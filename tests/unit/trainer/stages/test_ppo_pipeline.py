@@ -175,6 +175,9 @@ class Policy:
                 finish_reason=FinishReason.STOP,
             )
 
+    async def close(self) -> None:
+        """Nothing to close."""
+
 
 class Scorer:
     target = "s:1"
@@ -188,10 +191,11 @@ class Scorer:
 
 async def train(world: World, *, staleness: int, first: int, total: int) -> None:
     collector = Collector(
-        [Policy(target, world) for target in world.versions],
+        lambda target: Policy(target, world),
         Scorer(),
         Scorer(),
         world,
+        targets=world.versions,
         settings=CollectorSettings(sampling=SamplingSettings(num_samples=2), max_in_flight=4, draw_attempts=10_000),
         sleep=lambda _: asyncio.sleep(0),
     )

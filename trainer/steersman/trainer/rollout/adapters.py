@@ -51,6 +51,10 @@ class GrpcPolicy:
             async for sample in samples:
                 yield sample
 
+    async def close(self) -> None:
+        """Closes the client."""
+        await self.client.close()
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrpcReward:

@@ -15,14 +15,14 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from steersman.client.types import Sample
 from steersman.trainer.retry import Backoff, GaveUp, Sleep, Waits, is_transient
 from steersman.trainer.rollout.coalesce import Coalescer
-from steersman.trainer.rollout.ports import PolicyPort, ReferencePort, RewardPort, VersionGate
+from steersman.trainer.rollout.ports import Connect, ReferencePort, RewardPort, VersionGate
 from steersman.trainer.rollout.replicas import Replica, ReplicaPool
 from steersman.trainer.rollout.types import (
     Completion,
@@ -65,17 +65,26 @@ class CollectorSettings:
 
 
 class Collector:
-    """Collects batches; several may be under way at once. Lives on one event loop; `close` ends its tasks."""
+    """Collects batches; several may be under way at once. Lives on one event loop; `close` ends its tasks.
+
+    Args:
+        connect: makes the port of a policy replica; the collector closes it.
+        gate: see `VersionGate`.
+        targets: the first replicas; see `update_targets`.
+        explain_absence: why there are no targets, where there are none; may be empty.
+    """
 
     def __init__(
         self,
-        policies: Sequence[PolicyPort],
+        connect: Connect,
         reward: RewardPort,
         reference: ReferencePort,
         gate: VersionGate,
         *,
         settings: CollectorSettings,
+        targets: Iterable[str] = (),
         waits: Waits | None = None,
+        explain_absence: Callable[[], str] = str,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.waits = waits if waits is not None else Waits()
@@ -83,11 +92,13 @@ class Collector:
         self._gate = gate
         self._sleep = sleep
         self._pool = ReplicaPool(
-            policies,
+            connect,
             gate,
+            targets=targets,
             backoff=settings.backoff,
             waits=self.waits,
             max_in_flight=settings.max_in_flight,
+            explain_absence=explain_absence,
             sleep=sleep,
         )
         self._reward_name, self._reference_name = f"reward at {reward.target}", f"reference at {reference.target}"
@@ -135,6 +146,14 @@ class Collector:
         if failed is not None:
             raise failed
         return batch.close(self.waits.clock() - started)
+
+    def update_targets(self, targets: Iterable[str]) -> None:
+        """Makes `targets` the policy replicas, also while batches are under way.
+
+        New ones get prompts once the gate lets them in. Those that are gone get no more; what they owe may still end
+        there, and is drawn by others if it does not.
+        """
+        self._pool.update_targets(targets)
 
     async def close(self) -> None:
         """Ends everything under way."""

@@ -4,7 +4,7 @@ Failures are `SteersmanError`. What `steersman.trainer.retry.is_transient` says 
 again, or give the sample up.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from steersman.client.types import Sample
@@ -23,6 +23,14 @@ class PolicyPort(Protocol):
     def samples(self, prompt: Prompt, sampling: SamplingSettings) -> AsyncGenerator[Sample, None]:
         """Each sample once it has ended, in order of their ends. Closing the generator aborts the rest."""
         ...
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        ...
+
+
+Connect = Callable[[str], PolicyPort]
+"""Makes the port of a target ("host:port"). Does not wait: a replica that is away is told by its first call."""
 
 
 class VersionGate(Protocol):

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.settings import DataSettings, TranscriptTemplate
+from steersman.trainer.discovery.address import parse_address
 from steersman.trainer.stages.settings import DTypeSetting, OptimizerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -25,10 +26,18 @@ class ServiceSettings(_Settings):
     """Where the services are, and how patiently they are used."""
 
     policies: tuple[str, ...] = Field(
-        default=("127.0.0.1:50051",), min_length=1, description="host:port of each policy replica."
+        default=("127.0.0.1:50051",),
+        min_length=1,
+        description="Where the policy replicas are: host:port of one; dns:///NAME:PORT, one at each address of the "
+        "name; k8s:///[NAMESPACE/]SERVICE[:PORT], one at each ready endpoint of the Kubernetes Service (PORT is the "
+        "name or number that the pods listen on). Names and Services are followed while the job runs.",
     )
-    reference: str = Field(default="127.0.0.1:50052", description="host:port, or several as SDK targets allow.")
-    reward: str = Field(default="127.0.0.1:50053", description="host:port, or several as SDK targets allow.")
+    reference: str = Field(
+        default="127.0.0.1:50052", description="host:port, several as a:1,b:2, or dns:///NAME:PORT, balanced by call."
+    )
+    reward: str = Field(
+        default="127.0.0.1:50053", description="host:port, several as a:1,b:2, or dns:///NAME:PORT, balanced by call."
+    )
     scorer: str = Field(default="", description="Name of the scorer; empty is the reward server's default.")
     reward_input: Literal["tokens", "text"] = Field(
         default="tokens", description="tokens if the reward model shares the policy's tokenizer, else text."
@@ -71,6 +80,22 @@ class ServiceSettings(_Settings):
     give_up_seconds: Positive = Field(default=1800.0, description="How long a service may stay away.")
     backoff_seconds: Positive = Field(default=0.25, description="First wait after a failure; doubles each time.")
     max_backoff_seconds: Positive = Field(default=5.0, description="Longest wait between two tries.")
+
+    @field_validator("policies")
+    @classmethod
+    def _means_something(cls, policies: tuple[str, ...]) -> tuple[str, ...]:
+        for address in policies:
+            parse_address(address)
+        return policies
+
+    @field_validator("reference", "reward")
+    @classmethod
+    def _balanced_by_grpc(cls, target: str) -> str:
+        if target.startswith("k8s:"):
+            raise ValueError(
+                f"target is {target!r}, which only policies may be; for a headless Service use dns:///SERVICE:PORT"
+            )
+        return target
 
 
 class SamplingConfig(_Settings):

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,19 +22,27 @@ from steersman.client import (
     ChannelSettings,
     Overlength,
 )
+from steersman.trainer.discovery.ports import Discovery
+from steersman.trainer.discovery.union import discover
 from steersman.trainer.retry import Backoff, Waits, retry
 from steersman.trainer.rollout.adapters import GrpcPolicy, GrpcReference, GrpcReward
 from steersman.trainer.rollout.collector import Collector, CollectorSettings
 from steersman.trainer.rollout.types import Prompt, RolloutBatch, SamplingSettings
-from steersman.trainer.stages.ppo_config import PpoConfig
+from steersman.trainer.stages.ppo_config import PpoConfig, ServiceSettings
+from steersman.trainer.stages.ppo_replicas import PolicyReplicas
 from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.publication import QuorumNotStaged
 from steersman.trainer.weights.publisher import Publisher
 from steersman.trainer.weights.report import PublishReport
-from steersman.trainer.weights.settings import PublishSettings
+from steersman.trainer.weights.settings import ActivationMode, PublishSettings
+from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import ModelInfo
 
 T = TypeVar("T")
+
+# No retries inside the channel: what comes back must get its weights before a prompt reaches it.
+_ONCE: Final = ChannelSettings(retry_attempts=1)
 
 
 class Services(Protocol):
@@ -103,7 +111,9 @@ class GrpcServices:
         )
         self._thread = LoopThread()
         self._stack = AsyncExitStack()
+        self._discovery: Discovery = discover(settings.policies)
         self._publisher: Publisher
+        self._replicas: PolicyReplicas
         self._collector: Collector
         try:
             self._thread.start(self._open()).result()
@@ -112,7 +122,7 @@ class GrpcServices:
             raise
 
     def check(self) -> "Future[None]":
-        """Asks every service for its model, waiting for those that are away.
+        """Asks the services for their models, waiting for the reference and for at least one policy replica.
 
         ValueError if one cannot hold the sequences of the job, or numbers its tokens otherwise.
         """
@@ -120,15 +130,16 @@ class GrpcServices:
 
     def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
         """Starts a batch."""
-        return self._thread.start(self._collector.collect(prompts, oldest_step=oldest_step, priority=priority))
+        return self._thread.start(self._collect(prompts, oldest_step, priority))
 
     def publish(self, image: WeightImage) -> "Future[PublishReport]":
         """Starts to push weights to every replica."""
-        return self._thread.start(self._publisher.publish(image))
+        return self._thread.start(self._publish(image))
 
     def waiting(self) -> str:
         """What is being waited for."""
-        return self._waits.text()
+        text, problem = self._waits.text(), self._discovery.problem
+        return f"{text} ({problem})" if text and problem else text
 
     def close(self) -> None:
         """Ends everything under way and closes the channels."""
@@ -147,25 +158,24 @@ class GrpcServices:
 
     async def _open(self) -> None:
         config, settings = self._config, self._config.services
-        # No retries inside the channel: what comes back must get its weights before a prompt reaches it.
-        once = ChannelSettings(retry_attempts=1)
         enter = self._stack.enter_async_context
-        self._policies = [await enter(AsyncPolicyClient(t, settings=once)) for t in settings.policies]
         self._reference = await enter(AsyncReferenceClient(settings.reference))
         self._reward = await enter(AsyncRewardClient(settings.reward))
         self._publisher = Publisher(
-            lambda target: AsyncWeightClient(target, settings=once),
+            lambda target: AsyncWeightClient(target, settings=_ONCE),
             run_id=self._run_id,
-            targets=settings.policies,
             backoff=self._backoff,
             waits=self._waits,
-            settings=PublishSettings(encoding=PushEncoding(settings.push_encoding)),
+            settings=_publish_settings(settings),
+        )
+        self._replicas = PolicyReplicas(
+            self._discovery, self._publisher, self._check_policy, backoff=self._backoff, waits=self._waits
         )
         self._collector = Collector(
-            [GrpcPolicy(client=client) for client in self._policies],
+            lambda target: GrpcPolicy(client=AsyncPolicyClient(target, settings=_ONCE)),
             self._reward_port(),
             GrpcReference(client=self._reference),
-            self._publisher,
+            self._replicas,
             settings=CollectorSettings(
                 sampling=SamplingSettings(
                     num_samples=config.sampling.samples_per_prompt,
@@ -181,7 +191,13 @@ class GrpcServices:
                 item_attempts=settings.item_attempts,
             ),
             waits=self._waits,
+            explain_absence=self._replicas.explain_absence,
         )
+        self._replicas.follow(self._collector.update_targets)
+
+    async def _collect(self, prompts: Sequence[Prompt], oldest_step: int, priority: int) -> RolloutBatch:
+        self._replicas.require_following()
+        return await self._collector.collect(prompts, oldest_step=oldest_step, priority=priority)
 
     def _reward_port(self) -> GrpcReward:
         settings, tokenizer = self._config.services, self._tokenizer
@@ -198,23 +214,54 @@ class GrpcServices:
             decode_response=lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
         )
 
+    async def _publish(self, image: WeightImage) -> PublishReport:
+        """Waits for a quorum, where one is asked for, as for any service that is away. GaveUp at the end."""
+
+        async def publish() -> PublishReport:
+            return await self._publisher.publish(image)
+
+        def is_short_of_replicas(error: SteersmanError) -> bool:
+            return isinstance(error, QuorumNotStaged)
+
+        what = "a quorum of policies"
+        return await retry(publish, what=what, backoff=self._backoff, waits=self._waits, retryable=is_short_of_replicas)
+
     async def _check(self) -> None:
-        checks = [self._check_model("policy", client) for client in self._policies]
-        await asyncio.gather(*checks, self._check_model("reference", self._reference))
+        await asyncio.gather(self._replicas.any_fit(), self._check_reference())
 
-    async def _check_model(self, name: str, client: AsyncPolicyClient | AsyncReferenceClient) -> None:
-        async def ask() -> ModelInfo:
-            return await client.model(timeout=10.0)
+    async def _check_reference(self) -> None:
+        what = f"reference at {self._reference.target}"
+        model = await retry(lambda: _ask(self._reference), what=what, backoff=self._backoff, waits=self._waits)
+        self._require_room(model, what)
 
-        model = await retry(ask, what=f"{name} at {client.target}", backoff=self._backoff, waits=self._waits)
+    async def _check_policy(self, target: str) -> None:
+        async with AsyncPolicyClient(target, settings=_ONCE) as client:
+            self._require_room(await _ask(client), f"policy at {target}")
+
+    def _require_room(self, model: ModelInfo, name: str) -> None:
         longest = self._config.max_prompt_tokens + self._config.sampling.max_tokens
         if 0 < model.max_sequence_tokens < longest:
             raise ValueError(
                 f"max_prompt_tokens + sampling.max_tokens is {longest}, must be at most {model.max_sequence_tokens}, "
-                f"which the {name} at {client.target} accepts"
+                f"which the {name} accepts"
             )
 
     async def _close(self) -> None:
+        await self._replicas.close()
         await self._collector.close()
         await self._publisher.close()
         await self._stack.aclose()
+
+
+async def _ask(client: AsyncPolicyClient | AsyncReferenceClient) -> ModelInfo:
+    return await client.model(timeout=10.0)
+
+
+def _publish_settings(settings: ServiceSettings) -> PublishSettings:
+    return PublishSettings(
+        activation=ActivationMode(settings.activation),
+        quorum=settings.activation_quorum,
+        stage_timeout_seconds=settings.stage_timeout_seconds,
+        encoding=PushEncoding(settings.push_encoding),
+        delta_history_bytes=settings.delta_history_mib * 2**20,
+    )
