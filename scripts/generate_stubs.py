@@ -1,4 +1,5 @@
-"""Generates client/steersman/v1 from protos/.
+"""Generates the stubs of protos/: the contract into client/, protocols of others that a service answers beside it into
+services/.
 
 Run it after every change of a .proto file (`make protos`). `--check` writes nothing and fails when the committed
 stubs differ from what the protos say. The generator is pinned: stubs made by newer ones refuse protobuf 6.
@@ -15,14 +16,13 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
-STUBS = ROOT / "client"
-PACKAGE = Path("steersman/v1")
-INIT = '"""Generated stubs of the contract in protos/steersman/v1. Never edited by hand."""\n'
+# Folders below protos/, and the source root that their stubs go to.
+PACKAGES = {Path("steersman/v1"): ROOT / "client", Path("steersman/reward/compat"): ROOT / "services"}
 
 
-def generate(destination: Path) -> None:
-    """Writes the stubs of every proto below `destination`."""
-    sources = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / PACKAGE).glob("*.proto"))
+def generate(package: Path, destination: Path) -> None:
+    """Writes the stubs of the protos of one folder below `destination`."""
+    sources = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / package).glob("*.proto"))
     well_known_types = files("grpc_tools") / "_proto"
     arguments = [f"-I{PROTOS}", f"-I{well_known_types}"]
     arguments += [f"--{kind}_out={destination}" for kind in ("python", "pyi")]
@@ -31,7 +31,8 @@ def generate(destination: Path) -> None:
     services = [source for source in sources if "service " in (PROTOS / source).read_text()]
     if protoc.main(["protoc", *arguments[:2], f"--grpc_python_out={destination}", *services]) != 0:
         raise SystemExit("protoc failed")
-    (destination / PACKAGE / "__init__.py").write_text(INIT)
+    init = f'"""Generated stubs of protos/{package}. Never edited by hand."""\n'
+    (destination / package / "__init__.py").write_text(init)
 
 
 def drift(expected: Path, actual: Path) -> list[str]:
@@ -44,12 +45,15 @@ def drift(expected: Path, actual: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    if not parser.parse_args().check:
-        generate(STUBS)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder))
-        stale = drift(Path(folder) / PACKAGE, STUBS / PACKAGE)
+    check = parser.parse_args().check
+    stale = []
+    for package, root in PACKAGES.items():
+        if not check:
+            generate(package, root)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            generate(package, Path(folder))
+            stale += drift(Path(folder) / package, root / package)
     if stale:
         sys.exit(f"stubs are stale, run `make protos`: {', '.join(stale)}")
 

@@ -1,1 +1,1 @@
-"""Generated stubs of the contract in protos/steersman/v1. Never edited by hand."""
+"""Generated stubs of protos/steersman/v1. Never edited by hand."""

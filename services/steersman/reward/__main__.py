@@ -14,7 +14,23 @@ async def build(settings: RewardSettings, metrics: Metrics) -> Service:
     from steersman.reward.build import build_handler
     from steersman.reward.servicer import RewardService
 
-    return RewardService(*await build_handler(settings, metrics))
+    handler, manager = await build_handler(settings, metrics)
+    if settings.http_port is None:
+        return RewardService(handler, manager)
+    from steersman.reward.http.app import make_app
+    from steersman.reward.http.server import start_http
+
+    app = make_app(
+        handler, metrics, max_body_bytes=settings.max_message_bytes, timeout_seconds=settings.http_timeout_seconds
+    )
+    http = await start_http(
+        app,
+        host=settings.host,
+        port=settings.http_port,
+        max_concurrent_calls=settings.max_concurrent_rpcs,
+        grace_seconds=settings.grace_seconds,
+    )
+    return RewardService(handler, manager, http)
 
 
 if __name__ == "__main__":

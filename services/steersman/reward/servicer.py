@@ -6,10 +6,14 @@ from typing import Any
 
 import grpc
 
-from steersman.reward import convert
+from steersman.reward import convert, open_inference, tei
+from steersman.reward.compat import open_inference_pb2_grpc, tei_pb2_grpc
 from steersman.reward.handler import RewardHandler
+from steersman.reward.http.server import HttpServer
 from steersman.reward.model_manager import ModelManager
 from steersman.reward.model_servicer import RewardModelServicer
+from steersman.reward.open_inference import OpenInferenceServicer
+from steersman.reward.tei import TeiInfoServicer, TeiServicer
 from steersman.v1 import reward_model_pb2, reward_model_pb2_grpc, reward_pb2, reward_pb2_grpc
 
 
@@ -48,10 +52,16 @@ class RewardService:
 
     name = "reward"
 
-    def __init__(self, handler: RewardHandler, manager: ModelManager | None = None) -> None:
-        """Without a `manager` the models are those that it starts with, and RewardModelService is not there."""
+    def __init__(
+        self, handler: RewardHandler, manager: ModelManager | None = None, http: HttpServer | None = None
+    ) -> None:
+        """Without a `manager` the models are those that it starts with, and RewardModelService is not there.
+
+        `http` is a running front, which ends with the service.
+        """
         self._handler = handler
         self._manager = manager
+        self._http = http
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """See `Service.register`."""
@@ -61,14 +71,19 @@ class RewardService:
             servicer = RewardModelServicer(self._manager)
             reward_model_pb2_grpc.add_RewardModelServiceServicer_to_server(servicer, server)
             names.append(reward_model_pb2.DESCRIPTOR.services_by_name["RewardModelService"].full_name)
-        return names
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInferenceServicer(self._handler), server)
+        tei_pb2_grpc.add_PredictServicer_to_server(TeiServicer(self._handler), server)
+        tei_pb2_grpc.add_InfoServicer_to_server(TeiInfoServicer(self._handler), server)
+        return [*names, open_inference.SERVICE, *tei.SERVICES]
 
     async def check_health(self) -> None:
         """See `Service.check_health`."""
         await self._handler.check_health()
 
     async def drain(self) -> None:
-        """Nothing to hurry: calls that are in flight are answered from the queue."""
+        """The HTTP front takes no more calls; those in flight, on either, are answered from the queue."""
+        if self._http is not None:
+            await self._http.stop()
 
     async def close(self) -> None:
         """See `Service.close`."""

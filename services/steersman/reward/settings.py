@@ -191,6 +191,12 @@ class RewardSettings(ServerSettings):
     models: LiveModelsSettings = Field(
         default_factory=LiveModelsSettings, description="Loading and unloading while serving."
     )
+    http_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the HTTP front; 0 takes a free one, none is off."
+    )
+    http_timeout_seconds: float = Field(
+        600.0, gt=0, le=86400, description="Time for one call over HTTP, in seconds; gRPC callers send a deadline."
+    )
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="Threads of a CPU operation. Default: OMP_NUM_THREADS, else physical cores."
     )

@@ -121,7 +121,7 @@ async def test_slime(front):
 
 async def test_vllm_classify_with_and_without_activation(front):
     _, answer, _ = await front.call("/classify", {"input": ["ab", "abcd"], "use_activation": False})
-    assert answer["object"] == "list"
+    assert (answer["object"], answer["model"]) == ("list", "length")
     assert [(one["index"], one["probs"], one["num_classes"]) for one in answer["data"]] == [
         (0, [2.0], 1),
         (1, [4.0], 1),

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from starlette.applications import Starlette
@@ -72,9 +73,8 @@ class _Front:
             failed = [score for score in scores if not isinstance(score.outcome, Score)]
             if failed:
                 return items_failed(scores)
-            return JSONResponse(
-                dialect.write(call, [score.outcome for score in scores if isinstance(score.outcome, Score)])
-            )
+            values = [score.outcome for score in scores if isinstance(score.outcome, Score)]
+            return JSONResponse(dialect.write(replace(call, scorer=scores[0].scorer), values))
 
         return self._around(f"POST {dialect.path}", score)
 

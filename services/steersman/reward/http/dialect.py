@@ -15,11 +15,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A request as items. `request` is what the dialect made of the body, for its answer."""
+    """A request as items. For the answer: `request`, what the dialect made of the body; `scorer`, who scored them."""
 
     items: Sequence[ScoreItem]
     options: ScoreOptions = field(default_factory=ScoreOptions)
     request: Any = None
+    scorer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

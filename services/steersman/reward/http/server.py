@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from steersman.serving.server import PortInUse, check_port
+
+logger = logging.getLogger(__name__)
 
 # Answers are small and quick; a connection that only waits for its next request may stay this long.
 _KEEP_ALIVE_SECONDS = 30
@@ -53,9 +56,12 @@ async def start_http(
         app,
         log_config=None,
         access_log=False,
+        server_header=False,
         lifespan="off",
         limit_concurrency=max_concurrent_calls,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(grace_seconds)),
     )
-    return HttpServer(_Embedded(config), listening)
+    server = HttpServer(_Embedded(config), listening)
+    logger.info("http front", extra={"address": server.address})
+    return server

@@ -10,7 +10,6 @@ else the score itself. `model` names a scorer; without it the default one answer
 `encoding` says; token ids are taken as they are.
 """
 
-import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from pydantic import Field, StrictInt, model_validator
 
 from steersman.reward.http.dialect import Body, Call, Dialect, Message, item, parse
+from steersman.reward.outcomes import prediction
 from steersman.reward.types import ChatContent, Content, Score, ScoreOptions, TextContent, TokenContent
 from steersman.wire.errors import invalid_field
 
@@ -63,20 +63,13 @@ def write(call: Call, scores: Sequence[Score]) -> dict[str, Any]:
         "id": f"classify-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": call.options.scorer,
+        "model": call.scorer,
         "data": [
-            {"index": index, "label": "LABEL_0", "probs": [_prob(score, activated=activated)], "num_classes": 1}
+            {"index": index, "label": "LABEL_0", "probs": [prediction(score, raw=not activated)], "num_classes": 1}
             for index, score in enumerate(scores)
         ],
         "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0},
     }
-
-
-def _prob(score: Score, *, activated: bool) -> float:
-    raw = score.value if score.raw is None else score.raw
-    if not activated:
-        return raw
-    return 1 / (1 + math.exp(-raw)) if raw >= 0 else math.exp(raw) / (1 + math.exp(raw))
 
 
 def _chat(messages: Sequence[Message]) -> ChatContent:

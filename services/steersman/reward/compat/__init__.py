@@ -1,0 +1,1 @@
+"""Generated stubs of protos/steersman/reward/compat. Never edited by hand."""
