@@ -37,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 # Enough to ride out a pause of the receiver's event loop at 10 Gbit/s, small beside any model.
 _QUEUED_CHUNKS: Final = 8
 # The replica nearest to what stands still must give it up first, or whole branches would fall with one leaf.
-_PATIENCE_PER_LEVEL: Final = 0.25
+_PATIENCE_PER_LEVEL: Final = 0.1
 _TARGET: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 Hops = Sequence[weights_pb2.RelayHop]

@@ -1,11 +1,11 @@
 """How the chunks of a push get to the replicas that have opened one for them.
 
 `Delivery` is the seam: the publisher opens the pushes before and stages them after, a delivery carries what lies
-between. `DirectDelivery` sends each replica a stream of its own.
+between. `DirectDelivery` sends each replica a stream of its own; `relay` lets replicas pass it on.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,10 +49,13 @@ class Cargo(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipient:
-    """A replica with a push that waits for its chunks."""
+    """A replica with a push that waits for its chunks. `reopen` begins it anew, where its stream broke and took it
+    along, and returns the id of the new one.
+    """
 
     port: WeightPort
     push_id: str
+    reopen: Callable[[], Awaitable[str]]
 
     @property
     def target(self) -> str:

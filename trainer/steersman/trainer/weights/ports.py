@@ -8,6 +8,7 @@ from steersman.client.types import (
     KvCachePolicy,
     Push,
     PushReceipt,
+    RelayHop,
     TensorSpec,
     WeightChunk,
     WeightSnapshot,
@@ -57,8 +58,10 @@ class WeightPort(Protocol):
         """Opens a push of weights with this digest; deltas apply to `base_version`."""
         ...
 
-    def push(self, push_id: str, chunks: AsyncIterator[WeightChunk]) -> Awaitable[PushReceipt]:
-        """Sends chunks."""
+    def push(
+        self, push_id: str, chunks: AsyncIterator[WeightChunk], *, relay: Sequence[RelayHop] = ()
+    ) -> Awaitable[PushReceipt]:
+        """Sends chunks, to be passed on along `relay`; what became of those stands in the receipt."""
         ...
 
     async def stage(self, push_id: str, digest: bytes) -> WeightSnapshot:

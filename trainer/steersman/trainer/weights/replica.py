@@ -226,8 +226,14 @@ class Replica:
 
     async def _fill(self, push: Push, cargo: Cargo, digest: bytes) -> Staged:
         """Sends and has it verified."""
+
+        async def reopen() -> str:
+            nonlocal push
+            push = await self._begin(cargo.version, cargo.manifest, digest, base_version=cargo.base_version)
+            return push.push_id
+
         try:
-            delivered = await self._send(cargo, Recipient(port=self.port, push_id=push.push_id))
+            delivered = await self._send(cargo, Recipient(port=self.port, push_id=push.push_id, reopen=reopen))
             if delivered.error is not None:
                 raise delivered.error
             self.progress.pushed_bytes += delivered.sent_bytes

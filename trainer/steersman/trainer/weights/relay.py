@@ -1,0 +1,236 @@
+"""A delivery in which replicas pass the chunks on to each other, so that they leave this process once.
+
+Invariants:
+
+- every recipient is told of once; what it holds is proven by its digest when it is staged, as with any delivery;
+- a replica is told to have everything only if it has received as many bytes and chunks as were sent;
+- what goes wrong on a route is tried again on another one, and in the end from here to each: an error that is reported
+  is the replica's own, and no fault of those before it;
+- a first replica that stands still ends its route after a bounded time, as a later one does (see the relay of the
+  policy service).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from steersman.client.types import PushReceipt, RelayHop, RelayReceipt, WeightChunk
+from steersman.trainer.weights.cargo import dense_bytes
+from steersman.trainer.weights.delivery import Cargo, Delivered, Recipient, send
+from steersman.trainer.weights.routes import Node, Topology, plan
+from steersman.wire.errors import Reason, SteersmanError, unavailable
+
+_log = logging.getLogger(__name__)
+
+# On a route, on a route around what broke, from here to each.
+_MAX_ROUNDS: Final = 3
+# Deliveries in which the ends of a link that broke pass nothing on.
+_PROBATION: Final = 8
+_PATIENCE_PER_LEVEL: Final = 0.1
+"""As at the replicas: those nearer to what stands still give it up first."""
+# Of the dense weights; for the choice of a topology, before a delta is encoded.
+_DELTA_SHARE: Final = 0.05
+
+Route = Node[Recipient]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaySettings:
+    """How chunks get to several replicas.
+
+    Attributes:
+        topology: how they hand them on.
+        fan_out: streams out of each replica of a tree, 2 to 16.
+        gather_seconds: how long replicas that are to have the same wait for each other.
+        stall_seconds: how long the first replica of a route may take no chunk; more if others hang on it. Above the
+            `relay_stall_seconds` of the replicas, or it is given up for the fault of one behind it.
+    """
+
+    topology: Topology = Topology.AUTO
+    fan_out: int = 2
+    gather_seconds: float = 1.0
+    stall_seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.fan_out <= 16:
+            raise ValueError(f"fan_out is {self.fan_out}, allowed: 2 to 16")
+
+
+class RelayDelivery:
+    """Delivers along routes. Remembers which links broke. Lives on one event loop."""
+
+    def __init__(self, settings: RelaySettings | None = None) -> None:
+        self._settings = settings or RelaySettings()
+        self._probation: dict[str, int] = {}
+        self._sent_to_directly: set[str] = set()
+
+    @property
+    def gather_seconds(self) -> float:
+        """As in `Delivery`."""
+        return 0.0 if self._settings.topology is Topology.DIRECT else self._settings.gather_seconds
+
+    async def deliver(self, cargo: Cargo, recipients: Sequence[Recipient]) -> AsyncIterator[Delivered]:
+        """As in `Delivery`."""
+        pending = list(recipients)
+        for number in range(_MAX_ROUNDS):
+            is_last = number == _MAX_ROUNDS - 1
+            routes = [Node(item=one) for one in pending] if is_last else self._plan(cargo, pending)
+            failed: list[Recipient] = []
+            async for outcome in self._round(cargo, routes):
+                if isinstance(outcome, Delivered):
+                    yield outcome
+                else:
+                    failed += outcome
+            if not failed:
+                break
+            pending = []
+            for again in await asyncio.gather(*(_reopen(one) for one in failed)):
+                if isinstance(again, Delivered):
+                    yield again
+                else:
+                    pending.append(again)
+        self._forgive()
+
+    async def _round(self, cargo: Cargo, routes: Iterable[Route]) -> AsyncIterator[Delivered | list[Recipient]]:
+        """What came of each recipient, as its route ends, or recipients for which it is to be tried again."""
+        tasks = [asyncio.create_task(self._along(cargo, route)) for route in routes]
+        try:
+            for done in asyncio.as_completed(tasks):
+                delivered, failed = await done
+                for one in delivered:
+                    yield one
+                yield failed
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _plan(self, cargo: Cargo, recipients: Sequence[Recipient]) -> list[Route]:
+        """Routes over all of them; those on probation pass nothing on, or are sent to from here."""
+        settings = self._settings
+        relays = [one for one in recipients if one.target not in self._probation]
+        leaves = [one for one in recipients if one.target in self._probation]
+        direct = [one for one in leaves if one.target in self._sent_to_directly]
+        leaves = [one for one in leaves if one.target not in self._sent_to_directly]
+        nbytes = dense_bytes(cargo.manifest)
+        if cargo.base_version is not None:
+            nbytes = int(_DELTA_SHARE * nbytes)
+        routes = plan(relays, leaves, settings.topology, fan_out=settings.fan_out, nbytes=nbytes)
+        return routes + [Node(item=one) for one in direct]
+
+    async def _along(self, cargo: Cargo, route: Route) -> tuple[list[Delivered], list[Recipient]]:
+        """Those that have all chunks or have failed for good, and those that are to be tried otherwise."""
+        if not route.next:
+            return [await send(cargo, route.item)], []
+        try:
+            receipt, sent_bytes = await self._push(cargo, route)
+        except SteersmanError as error:
+            self._blame(None, route, error)
+            return [], [node.item for node in route.walk()]
+        delivered = [Delivered(target=route.item.target, sent_bytes=sent_bytes)]
+        receipts = {one.target: one for one in receipt.relayed}
+        failed = self._sort_out(route, receipt, receipts, delivered)
+        return delivered, failed
+
+    def _sort_out(
+        self, node: Route, sent: PushReceipt, receipts: dict[str, RelayReceipt], delivered: list[Delivered]
+    ) -> list[Recipient]:
+        """Goes through those behind a replica that has everything: adds to `delivered`, returns the others."""
+        failed: list[Recipient] = []
+        for behind in node.next:
+            error = _shortcoming(behind.item.target, sent, receipts)
+            if error is None:
+                delivered.append(Delivered(target=behind.item.target))
+                failed += self._sort_out(behind, sent, receipts, delivered)
+            else:
+                # Those behind a link that broke are not asked: whatever they have, nobody vouches for it.
+                self._blame(node, behind, error)
+                failed += [one.item for one in behind.walk()]
+        return failed
+
+    async def _push(self, cargo: Cargo, route: Route) -> tuple[PushReceipt, int]:
+        """Sends along a route: what came of it, and the bytes of chunk data that left."""
+        watch = _Watch(cargo.chunks())
+        patience = self._settings.stall_seconds * (1 + _PATIENCE_PER_LEVEL * route.height)
+        hops = tuple(_hop(node) for node in route.next)
+        first = route.item
+        push = asyncio.ensure_future(first.port.push(first.push_id, watch.chunks(), relay=hops))
+        try:
+            while not push.done():
+                if watch.waited_seconds >= patience:
+                    raise SteersmanError(
+                        Reason.DEADLINE_EXCEEDED,
+                        f"{first.target} took nothing for {patience:g} s, with others behind it",
+                    )
+                await asyncio.wait([push], timeout=patience - watch.waited_seconds)
+            return await push, watch.num_bytes
+        finally:
+            push.cancel()
+            await asyncio.wait([push])
+
+    def _blame(self, before: Route | None, node: Route, error: SteersmanError) -> None:
+        """Remembers the ends of a link that broke; the far one is sent to from here for a while."""
+        by = f"behind {before.item.target}" if before is not None else "with others behind it"
+        _log.warning("%s was not reached %s, a way round is tried: %s", node.item.target, by, error)
+        if before is not None:
+            self._probation[before.item.target] = _PROBATION
+            if error.reason is Reason.UNIMPLEMENTED:
+                return  # the fault is not at the far end
+        self._probation[node.item.target] = _PROBATION
+        self._sent_to_directly.add(node.item.target)
+
+    def _forgive(self) -> None:
+        """One delivery less for everybody on probation."""
+        self._probation = {target: left - 1 for target, left in self._probation.items() if left > 1}
+        self._sent_to_directly &= self._probation.keys()
+
+
+class _Watch:
+    """Chunks on their way to one stream: how many bytes, and how long the next one has not been asked for."""
+
+    def __init__(self, chunks: AsyncIterator[WeightChunk]) -> None:
+        self._chunks = chunks
+        self._since: float | None = time.monotonic()
+        self.num_bytes = 0
+
+    @property
+    def waited_seconds(self) -> float:
+        """Since the last chunk was handed over, if that is all that happens; 0 while the next is being made."""
+        return time.monotonic() - self._since if self._since is not None else 0.0
+
+    async def chunks(self) -> AsyncIterator[WeightChunk]:
+        """The same chunks."""
+        self._since = None
+        async for chunk in self._chunks:
+            self.num_bytes += len(chunk.data)
+            self._since = time.monotonic()
+            yield chunk
+            self._since = None
+        self._since = time.monotonic()
+
+
+def _hop(node: Route) -> RelayHop:
+    return RelayHop(target=node.item.target, push_id=node.item.push_id, next=tuple(_hop(one) for one in node.next))
+
+
+def _shortcoming(target: str, sent: PushReceipt, receipts: dict[str, RelayReceipt]) -> SteersmanError | None:
+    """Why a replica does not have what the first one has; None if it does."""
+    receipt = receipts.get(target)
+    if receipt is None:
+        return SteersmanError(Reason.UNIMPLEMENTED, "nothing was passed on: a replica before it knows no relay")
+    if receipt.error is not None:
+        return receipt.error
+    if (receipt.received_bytes, receipt.num_chunks) != (sent.received_bytes, sent.num_chunks):
+        return unavailable(f"{receipt.received_bytes} of {sent.received_bytes} bytes came through")
+    return None
+
+
+async def _reopen(recipient: Recipient) -> Recipient | Delivered:
+    """The recipient with a new push, as the old one ended with its stream; what went wrong if it refuses."""
+    try:
+        return replace(recipient, push_id=await recipient.reopen())
+    except SteersmanError as error:
+        return Delivered(target=recipient.target, error=error)
