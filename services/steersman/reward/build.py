@@ -34,6 +34,7 @@ from steersman.reward.settings import (
 )
 from steersman.reward.text import Encoding, TextEncoder
 from steersman.serving.batch_metrics import BatchMetrics
+from steersman.serving.location import locate
 from steersman.serving.metrics import Metrics
 from steersman.serving.models import load_tokenizer, use_threads
 
@@ -78,7 +79,7 @@ class TorchModelBuilder:
         field = f"models.{name}"
 
         def load() -> Parts:
-            check_memory(f"{field}.model", settings, reserve)
+            check_memory(field, settings, reserve)
             return Parts.load(field, settings)
 
         scorer = self._scorer(name, settings, await on_daemon_thread(load, f"load-{name}"))
@@ -135,8 +136,8 @@ class Parts:
         engine = TorchScoreEngine.load(field, settings)
         normalization = Normalization()
         if settings.normalize == "auto":
-            stored = stored_normalization(f"{field}.model", settings.model, settings.revision)
-            normalization = stored or engine.normalization
+            folder = locate(f"{field}.model", settings.model, settings.revision).folder
+            normalization = stored_normalization(f"{field}.model", folder) or engine.normalization
         tokenizer = load_tokenizer(settings.model, settings.revision)
         if tokenizer is None:
             return cls(engine=engine, normalization=normalization)

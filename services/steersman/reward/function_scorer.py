@@ -12,7 +12,8 @@ import math
 import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from steersman.reward.plugin import ScoreFunction, ScorerInput
 from steersman.reward.settings import FunctionScorerSettings
@@ -41,10 +42,15 @@ _MAX_LEFT_BEHIND = 32
 _RETRY_AFTER_S = 1.0
 
 
+# What the function gets, and what each response costs.
+_Inputs: TypeAlias = tuple[list[ScorerInput | SteersmanError], list[float | None]]
+
+
 @dataclass(slots=True, eq=False)
 class _Entry:
     scorer_input: ScorerInput
     future: "asyncio.Future[Score]"
+    length_penalty: float | None
 
 
 class FunctionScorer:
@@ -75,7 +81,7 @@ class FunctionScorer:
 
     async def submit(self, items: Sequence[ScoreItem], options: ScoreOptions) -> "list[asyncio.Future[Score]]":
         """See `Scorer.submit`. Over-length and priority do not apply to a function."""
-        inputs = await self._inputs(items)
+        inputs, penalties = await self._inputs(items)
         num_good = sum(isinstance(scorer_input, ScorerInput) for scorer_input in inputs)
         limit = self._settings.max_queue_items
         if self._closed:
@@ -84,11 +90,11 @@ class FunctionScorer:
             raise queue_full(f"the queue of scorer {self.name}", limit, _RETRY_AFTER_S)
         loop = asyncio.get_running_loop()
         futures, entries = [], []
-        for scorer_input, item in zip(inputs, items, strict=True):
+        for scorer_input, penalty, item in zip(inputs, penalties, items, strict=True):
             if isinstance(scorer_input, SteersmanError):
                 futures.append(failed(scorer_input))
                 continue
-            entry = _Entry(scorer_input, loop.create_future())
+            entry = _Entry(scorer_input, loop.create_future(), penalty)
             if item.timeout_s is not None:
                 fail_after(entry.future, item.timeout_s)
             futures.append(entry.future)
@@ -111,14 +117,23 @@ class FunctionScorer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._decoding.shutdown(wait=False, cancel_futures=True)
 
-    async def _inputs(self, items: Sequence[ScoreItem]) -> list[ScorerInput | SteersmanError]:
-        loop = asyncio.get_running_loop()
-        if any(isinstance(item.content, TokenContent) for item in items) and self._decoder is not None:
-            return await loop.run_in_executor(self._decoding, self._convert, items)
+    async def _inputs(self, items: Sequence[ScoreItem]) -> _Inputs:
+        has_tokens = any(isinstance(item.content, TokenContent) for item in items)
+        if self._decoder is not None and (has_tokens or self._settings.length_penalty is not None):
+            return await asyncio.get_running_loop().run_in_executor(self._decoding, self._convert, items)
         return self._convert(items)
 
-    def _convert(self, items: Sequence[ScoreItem]) -> list[ScorerInput | SteersmanError]:
-        return [self._to_input(index, item) for index, item in enumerate(items)]
+    def _convert(self, items: Sequence[ScoreItem]) -> _Inputs:
+        inputs = [self._to_input(index, item) for index, item in enumerate(items)]
+        if self._decoder is None or self._settings.length_penalty is None:
+            return inputs, [None] * len(items)
+        responses = [found.response if isinstance(found, ScorerInput) else "" for found in inputs]
+        penalties: list[float | None] = []
+        for item, num_tokens in zip(items, self._decoder.num_tokens(responses), strict=True):
+            # Ids that were given count as they are: their text may be cut up otherwise.
+            exact = len(item.content.response) if isinstance(item.content, TokenContent) else num_tokens
+            penalties.append(self._settings.length_penalty.of(exact))
+        return inputs, penalties
 
     def _to_input(self, index: int, item: ScoreItem) -> ScorerInput | SteersmanError:
         content, context = item.content, item.context
@@ -175,7 +190,7 @@ class FunctionScorer:
         if isinstance(outcomes, SteersmanError):
             outcomes = [outcomes] * len(wanted)
         for entry, outcome in zip(wanted, outcomes, strict=True):
-            settle(entry.future, outcome)
+            settle(entry.future, _less_penalty(outcome, entry.length_penalty))
         return []
 
     async def _call(self, inputs: list[ScorerInput]) -> list[Score | SteersmanError] | SteersmanError:
@@ -264,6 +279,12 @@ async def _within(awaitable: Awaitable[object], timeout_s: float) -> object:
         if limit.expired():
             raise _LateError from None
         raise
+
+
+def _less_penalty(outcome: Score | SteersmanError, penalty: float | None) -> Score | SteersmanError:
+    if isinstance(outcome, SteersmanError) or penalty is None:
+        return outcome
+    return replace(outcome, value=outcome.value - penalty, length_penalty=penalty)
 
 
 def _as_list(values: object, num_items: int) -> list[object]:

@@ -74,6 +74,10 @@ class TextEncoder:
         """Text of token ids, without special tokens."""
         return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True))
 
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, special ones left out."""
+        return [len(ids) for ids in self._tokenize(list(texts))]
+
     def _encode_joined(self, items: Sequence[_Rendered]) -> list[Encoded]:
         result: list[Encoded | None] = [None] * len(items)
         for add_special in (False, True):

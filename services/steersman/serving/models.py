@@ -101,8 +101,11 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
 
 
 def digest_folder(folder: Path) -> str:
-    """SHA-256 over the weight files and the configuration of a checkpoint, shortened to 16 hexadecimal digits."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    """SHA-256 over what a checkpoint computes with, shortened to 16 hexadecimal digits.
+
+    That is its weight files, its configuration, and the normalisation of its scores if one was fitted.
+    """
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("reward_normalization.json")])
 
     def digest(path: Path) -> bytes:
         with path.open("rb") as stream:

@@ -47,6 +47,24 @@ def test_one_scorer_by_flag():
         (["--scorers", json.dumps({"a": {"function": "m:f", "dtype": "auto"}})], r"dtype: no such setting"),
         (["--scorers", json.dumps({"a": {"model": "q", "dtype": "int8"}})], r"dtype: is 'int8'"),
         (["--scorers", json.dumps({"": {"model": "q"}})], "scorers: has an empty name"),
+        (
+            ["--scorers", json.dumps({"a": {"model": "q"}, "e": {"ensemble": ["a", "b"]}})],
+            r"scorers\.e\.ensemble: has 'b', allowed: a",
+        ),
+        (
+            ["--scorers", json.dumps({"a": {"model": "q"}, "e": {"ensemble": ["a", "e"]}})],
+            r"scorers\.e\.ensemble: has 'e', allowed: a",
+        ),
+        (["--scorers", json.dumps({"a": {"ensemble": ["b"]}})], r"scorers\.a\.ensemble\.ensemble: is \['b'\]"),
+        (
+            ["--scorers", json.dumps({"a": {"function": "m:f", "length_penalty": {"per_token": 1}}})],
+            "length_penalty: needs a tokenizer",
+        ),
+        (
+            ["--scorers", json.dumps({"a": {"model": "q", "length_penalty": {"per_token": 0}}})],
+            r"scorers\.a\.model\.length_penalty\.per_token: is 0",
+        ),
+        (["--model", "q", "--models.max-models", "0"], r"models\.max_models: is '0'"),
     ],
 )
 def test_bad_settings_are_named(flags, message):

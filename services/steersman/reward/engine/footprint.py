@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from steersman.reward.settings import ModelScorerSettings
+from steersman.serving.location import locate
 from steersman.serving.models import choose_device
 
 _GIB: Final = 2**30
@@ -15,23 +16,19 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def check_memory(field: str, settings: ModelScorerSettings, reserve: float) -> None:
-    """`ValueError` if the weights of a local checkpoint need more than is free, less the share `reserve` of that.
-
-    The size of a hub model is not known before it was fetched: it passes.
-    """
-    folder = Path(settings.model).expanduser()
-    needed = weight_bytes(folder, settings.dtype)
-    device = choose_device(field, settings.device)
+    """`ValueError` if the weights of a checkpoint need more than is free, less the share `reserve` of that."""
+    needed = weight_bytes(locate(f"{field}.model", settings.model, settings.revision).folder, settings.dtype)
+    device = choose_device(f"{field}.device", settings.device)
     free = int(free_bytes(device) * (1.0 - reserve))
     if needed > free:
         told = f"{needed / _GIB:.2f} GiB of weights, allowed: {free / _GIB:.2f} GiB that are free on {device.type}"
-        raise ValueError(f"{field}: has {told}, less a reserve of {reserve:.0%}")
+        raise ValueError(f"{field}.model: has {told}, less a reserve of {reserve:.0%}")
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:
-    """Bytes of a checkpoint's weights when they are computed in `dtype`; 0 for what is no folder."""
+    """Bytes of a checkpoint's weights when they are computed in `dtype`."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if dtype == "auto" or not stored:
+    if dtype == "auto":
         return stored
     config: Any = AutoConfig.from_pretrained(folder)
     of_file = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

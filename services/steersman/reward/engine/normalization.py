@@ -10,26 +10,19 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from transformers.utils.hub import cached_file
-
 from steersman.reward.engine.port import Normalization
 
 FILE_NAME: Final = "reward_normalization.json"
 _VERSION: Final = 1
 
 
-def stored_normalization(field: str, model: str, revision: str | None = None) -> Normalization | None:
-    """The normalisation beside a checkpoint folder or in a hub model; None if there is none.
+def stored_normalization(field: str, folder: Path) -> Normalization | None:
+    """The normalisation beside a checkpoint; None if there is none.
 
     `ValueError` that names `field` if the file cannot be used: scores on an unknown scale are worse than none.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        path: Path | None = folder / FILE_NAME
-    else:
-        found = cached_file(model, FILE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
-        path = Path(found) if found is not None else None
-    if path is None or not path.is_file():
+    path = folder / FILE_NAME
+    if not path.is_file():
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
