@@ -1,7 +1,7 @@
 """A weight service that keeps the contract of weights.proto in a few lines, and breaks it when told to."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -20,11 +20,14 @@ from steersman.wire.weights.manifest import Manifest
 
 @dataclass
 class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
-    """One replica. `faults` maps a step ("push", "stage", "activate") to what goes wrong there, in order."""
+    """One replica. `faults` maps a step ("push", "stage", "activate") to what goes wrong there, in order; `holds` to an
+    event that it waits for there.
+    """
 
     manifest: weights_pb2.WeightManifest
     events: list[str] = field(default_factory=list)
     faults: dict[str, list[SteersmanError]] = field(default_factory=dict)
+    holds: dict[str, asyncio.Event] = field(default_factory=dict)
     active: WeightVersion = field(default_factory=WeightVersion)
     tensors: dict[str, bytes] = field(default_factory=dict)
     digest: bytes = b""
@@ -37,8 +40,11 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
     _staging: dict[str, bytearray] = field(default_factory=dict)
     _received: dict[str, int] = field(default_factory=dict)
     _takes_deltas: bool = False
+    held_at: str = ""
+    _noted: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def GetWeightState(self, request, context):
+        await self._fault("state", context)
         state = weights_pb2.GetWeightStateResponse(active=self._snapshot(self.active, self.digest))
         if request.include_manifest:
             state.manifest.CopyFrom(self.manifest)
@@ -49,7 +55,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
     async def BeginPush(self, request, context):
         version = version_from_proto(request.version)
         base = version_from_proto(request.base_version) if request.HasField("base_version") else None
-        self.events.append(f"begin {version}" + (f" from {base}" if base is not None else ""))
+        self.note(f"begin {version}" + (f" from {base}" if base is not None else ""))
         await self._fault("begin", context)
         if version == self.active:
             return weights_pb2.BeginPushResponse(already_active=True)
@@ -60,7 +66,7 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
         assert request.manifest == self.manifest
         if base is not None and base != self.active:
             await self._fail(SteersmanError(Reason.WEIGHT_BASE_MISMATCH, f"active is {self.active}"), context)
-        self.pushing = version
+        self.pushing, self.staged = version, None
         self._takes_deltas = base is not None
         self._staging = {
             spec.name: bytearray(int(np.prod(spec.shape)) * item_bytes(spec.dtype)) for spec in self.manifest.tensors
@@ -94,11 +100,11 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
             self._received[spec.name] += length
             self.largest_chunk = max(self.largest_chunk, len(chunk.data))
             total += len(chunk.data)
-        self.events.append("push")
+        self.note("push")
         return weights_pb2.PushChunksResponse(received_bytes=total, num_chunks=num_chunks)
 
     async def Stage(self, request, context):
-        self.events.append("stage")
+        self.note("stage")
         await self._fault("stage", context)
         assert self.pushing is not None
         assert {name: len(data) for name, data in self._staging.items()} == self._received
@@ -110,30 +116,58 @@ class FakeWeightService(weights_pb2_grpc.WeightServiceServicer):
             await self._fail(SteersmanError(Reason.WEIGHT_DIGEST_MISMATCH, "the digest differs"), context)
         self.staged = (self.pushing, request.digest, {name: bytes(data) for name, data in self._staging.items()})
         self.pushing = None
+        self._noted.set()
         return weights_pb2.StageResponse(staged=self._snapshot(*self.staged[:2]))
 
     async def Activate(self, request, context):
         version = version_from_proto(request.version)
-        self.events.append(f"activate {version}")
+        self.note(f"activate {version}")
         await self._fault("activate", context)
         if version != self.active:
             assert self.staged is not None
             assert self.staged[0] == version
             self.active, self.digest, self.tensors = self.staged
             self.staged = None
+            self._noted.set()
         return weights_pb2.ActivateResponse(active=self._snapshot(self.active, self.digest))
 
     async def AbortPush(self, request, context):
-        self.events.append("abort")
-        self.pushing = None
+        self.note("abort")
+        self.pushing = self.staged = None
         return weights_pb2.AbortPushResponse()
 
     def restart(self) -> None:
         """Forgets everything, as a new process would."""
         self.active, self.digest, self.tensors, self.staged, self.pushing = WeightVersion(), b"", {}, None, None
-        self.events.append("restart")
+        self.note("restart")
+
+    def note(self, event: str) -> None:
+        """Adds an event and wakes who waits for it."""
+        self.events.append(event)
+        self._noted.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until this holds; looks again after each event."""
+        while not condition():
+            self._noted.clear()
+            await self._noted.wait()
+
+    def hold(self, step: str) -> asyncio.Event:
+        """Makes `step` wait for the event that is returned."""
+        self.holds[step] = asyncio.Event()
+        return self.holds[step]
+
+    def release(self) -> None:
+        """Ends all holds."""
+        for event in self.holds.values():
+            event.set()
 
     async def _fault(self, step: str, context: grpc.aio.ServicerContext) -> None:
+        if step in self.holds:
+            self.held_at = step
+            self._noted.set()
+            await self.holds[step].wait()
+            self.held_at = ""
         if self.faults.get(step):
             await self._fail(self.faults[step].pop(0), context)
 

@@ -1,86 +1,11 @@
 """Deltas between versions, to services that apply them through the shared codec: the same bits, in fewer bytes."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import pytest
 import torch
-from fake_weight_service import FakeWeightService, Replica, manifest
+from fleet_fakes import NUM_ELEMENTS, RUN, begins, fleet, holds, images, service
 
-from steersman.client import AsyncWeightClient, ChannelSettings
 from steersman.trainer.weights.encode import PushEncoding
-from steersman.trainer.weights.image import WeightImage
-from steersman.trainer.weights.publisher import Publisher
-from steersman.trainer.weights.settings import PublishSettings
 from steersman.wire.errors import Reason, SteersmanError, unavailable
-from steersman.wire.identity import WeightVersion
-
-RUN = "demo.1"
-SHAPES = {"a.embed": (256, 128), "b.norm": (64,), "c.up": (128, 192), "d.empty": (0,), "e.down": (192, 128)}
-NUM_ELEMENTS = 256 * 128 + 64 + 128 * 192 + 192 * 128
-
-
-def service(dtype: str = "BFLOAT16") -> FakeWeightService:
-    made = FakeWeightService(manifest({name: (shape, dtype) for name, shape in SHAPES.items()}))
-    made.max_chunk_bytes = 8192
-    return made
-
-
-def version(step: int) -> WeightVersion:
-    return WeightVersion(run_id=RUN, step=step)
-
-
-def images(count: int, *, share: float = 0.02) -> list[WeightImage]:
-    """Versions of float32 weights, a share of which moves from each to the next."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    made = []
-    for step in range(count):
-        made.append(WeightImage(version(step), {name: tensor.clone() for name, tensor in tensors.items()}))
-        for tensor in tensors.values():
-            tensor[torch.rand(tensor.shape, generator=generator) < share] *= 1.01
-    return made
-
-
-def holds(service: FakeWeightService, image: WeightImage, dtype: torch.dtype = torch.bfloat16) -> bool:
-    tensors = {
-        name: tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        for name, tensor in image._tensors.items()
-    }
-    return service.active == image.version and service.tensors == tensors
-
-
-async def no_sleep(_: float) -> None:
-    await asyncio.sleep(0)
-
-
-@asynccontextmanager
-async def fleet(
-    *services: FakeWeightService, encoding: PushEncoding = PushEncoding.AUTO
-) -> AsyncIterator[tuple[Publisher, list[Replica]]]:
-    replicas = [Replica(one) for one in services]
-    for replica in replicas:
-        await replica.start()
-    once = ChannelSettings(retry_attempts=1, max_reconnect_seconds=0.2)
-
-    def connect(target: str) -> AsyncWeightClient:
-        return AsyncWeightClient(target, settings=once, timeout=10.0)
-
-    targets = [replica.target for replica in replicas]
-    settings = PublishSettings(encoding=encoding)
-    publisher = Publisher(connect, targets=targets, run_id=RUN, settings=settings, sleep=no_sleep)
-    try:
-        async with asyncio.timeout(60):
-            yield publisher, replicas
-    finally:
-        await publisher.close()
-        for replica in replicas:
-            await replica.stop()
-
-
-def begins(service: FakeWeightService) -> list[str]:
-    return [event.removeprefix("begin ") for event in service.events if event.startswith("begin")]
 
 
 async def test_after_the_first_push_only_what_changed_travels() -> None:

@@ -138,11 +138,7 @@ class Publication:
         replica = part.replica
         for attempt in range(self._settings.push_attempts):
             try:
-                await self._stage(part)
-                if part.staged is not None and await self._decision:
-                    await self._activate(part, part.staged)
-                elif part.staged is not None and part.staged.push_id:
-                    await replica.abort(part.staged.push_id)
+                await self._try(part)
                 return
             except SteersmanError as error:
                 part.staged = None
@@ -152,19 +148,27 @@ class Publication:
                 with self._waits.waiting(f"weights to {replica.target}"):
                     await self._sleep(max(self._backoff.delay(attempt), error.retry_after_seconds or 0.0))
 
-    async def _stage(self, part: _Part) -> None:
-        async with part.replica.transaction(self.image):
-            if not self._is_superseded:
-                part.staged = await part.replica.stage(self.image)
-        self._rounds.excuse(part.replica.target)
-        self._changed.set()
-
-    async def _activate(self, part: _Part, staged: Staged) -> None:
-        if staged.is_active:
-            return
-        async with part.replica.transaction(self.image):
+    async def _try(self, part: _Part) -> None:
+        """Stages, and activates or gives up as is decided; nothing if a newer version is wanted by now."""
+        replica = part.replica
+        async with replica.transaction(self.image):
             if self._is_superseded:
                 return
+            part.staged = await replica.stage(self.image)
+            self._rounds.excuse(replica.target)
+            self._changed.set()
+            if self._decision.done() and self._decision.result():
+                # Without letting go: who waits for the replica may want to send it a newer version.
+                await self._activate(part, part.staged)
+                return
+        if await self._decision:
+            async with replica.transaction(self.image):
+                await self._activate(part, part.staged)
+        elif part.staged.push_id:
+            await replica.abort(part.staged.push_id)
+
+    async def _activate(self, part: _Part, staged: Staged) -> None:
+        if not staged.is_active:
             part.activation_began = time.monotonic()
             await part.replica.activate(self.image.version, staged.digest)
             part.activation_ended = time.monotonic()

@@ -95,6 +95,7 @@ class Replica:
         self._lock = asyncio.Lock()
         self._is_closed = False
         self._limit: asyncio.Timeout | None = None
+        self._aborting: set[asyncio.Task[None]] = set()
         self._num_delta_refusals = 0
         self._has_served_us = False
 
@@ -136,6 +137,8 @@ class Replica:
         self._is_closed = True
         self.stop()
         async with self._lock:
+            if self._aborting:
+                await asyncio.wait(self._aborting)
             await self.port.close()
 
     async def stage(self, image: WeightImage) -> Staged:
@@ -166,11 +169,12 @@ class Replica:
         self._require_ours(activation.active, digest)
 
     async def abort(self, push_id: str) -> None:
-        """Gives up a push, without a word if the replica is away: it will do so itself when the lease ends."""
-        try:
-            await asyncio.wait_for(asyncio.shield(self.port.abort(push_id)), _ABORT_SECONDS)
-        except (SteersmanError, TimeoutError) as error:
-            _log.info("push %s at %s was not aborted, it will time out there: %s", push_id, self.target, error)
+        """Gives up a push. No error if the replica is away: it will do so itself when the lease ends."""
+        # A task of its own, which goes on if the one that waits for it here is cancelled once more.
+        task = asyncio.create_task(self._abort_quietly(push_id))
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
+        await asyncio.wait([task])
 
     async def _push_all(self, image: WeightImage, manifest: Manifest, digest: bytes) -> Staged:
         push = await self._begin(image.version, manifest, digest)
@@ -243,6 +247,12 @@ class Replica:
             await self.abort(push.push_id)
             raise
         return Staged(digest=digest, push_id=push.push_id)
+
+    async def _abort_quietly(self, push_id: str) -> None:
+        try:
+            await asyncio.wait_for(self.port.abort(push_id), _ABORT_SECONDS)
+        except (SteersmanError, TimeoutError) as error:
+            _log.info("push %s at %s was not aborted, it will time out there: %s", push_id, self.target, error)
 
     def _require_not_taken(self, active: WeightVersion, wanted: WeightVersion) -> None:
         """A replica may serve what another job made before us, and what our own job made; but not after us."""
