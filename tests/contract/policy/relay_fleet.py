@@ -42,24 +42,31 @@ class Zeros:
 class Servicer(WeightServicer):
     """The real one, with a tap on the messages of its streams."""
 
-    fault: "Fault"
+    def __init__(self, store: WeightStore, metrics: PolicyMetrics, relay: Relay) -> None:
+        super().__init__(store, metrics, relay)
+        self.fault = Fault()
 
     async def PushChunks(self, request_iterator: Any, context: Any) -> weights_pb2.PushChunksResponse:
         return await super().PushChunks(self.fault.tap(request_iterator), context)
 
 
 class Fault:
-    """None: messages pass as they are, and `received` is set once there were `count`."""
+    """None: messages pass as they are, and `received` is set once there were `count`. Others strike the first stream
+    only, or as many as `num_streams` says.
+    """
 
-    def __init__(self, count: int = 1) -> None:
+    def __init__(self, count: int = 1, num_streams: int = 1) -> None:
         self.count = count
         self.received = asyncio.Event()
+        self._num_streams = num_streams
 
     async def tap(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         number = 0
+        self._num_streams -= 1
+        is_struck = self._num_streams >= 0
         async for message in messages:
             number += 1
-            if number == self.count:
+            if number == self.count and is_struck:
                 self.received.set()
                 message = await self.strike(message)
             yield message
@@ -95,7 +102,7 @@ class Node:
     server: RunningServer
     store: WeightStore
     engine: FakeEngine
-    fault: Fault
+    servicer: Servicer
     stub: weights_pb2_grpc.WeightServiceStub
     push_id: str = ""
     stopped: bool = False
@@ -103,6 +110,11 @@ class Node:
     @property
     def target(self) -> str:
         return self.server.address
+
+    @property
+    def fault(self) -> Fault:
+        """What goes wrong."""
+        return self.servicer.fault
 
     async def begin(self, step: int = 1, base: types_pb2.WeightVersion | None = None) -> None:
         """Opens a push."""
@@ -161,22 +173,27 @@ async def fleet(
     faults: dict[int, Fault] | None = None,
     rules: RelayRules | None = None,
     source: WeightSource | None = None,
+    are_open: bool = True,
 ) -> AsyncIterator[list[Node]]:
-    """Replicas with open pushes, that give up a link after half a second. `faults` by number of the replica."""
+    """Replicas in ascending order of target, with open pushes or without, that give up a link after half a second.
+    `faults` by number.
+    """
     nodes: list[Node] = []
     channels = []
     try:
-        for number in range(num_nodes):
+        for _ in range(num_nodes):
             engine, metrics = FakeEngine(), Metrics("policy")
             store = WeightStore(engine, source or Zeros(), KvCachePolicy.KEEP)
             servicer = Servicer(store, PolicyMetrics(metrics), Relay(rules or RelayRules(stall_seconds=0.5)))
-            servicer.fault = (faults or {}).get(number) or Fault()
             server = await start_server(_Plane(store, engine, servicer), ServerSettings(), metrics)
             channels.append(grpc.aio.insecure_channel(server.address))
             stub = weights_pb2_grpc.WeightServiceStub(channels[-1])
-            nodes.append(Node(server=server, store=store, engine=engine, fault=servicer.fault, stub=stub))
+            nodes.append(Node(server=server, store=store, engine=engine, servicer=servicer, stub=stub))
+        nodes.sort(key=lambda node: node.target)
+        for number, fault in (faults or {}).items():
+            nodes[number].servicer.fault = fault
         async with asyncio.timeout(TIMEOUT_S):
-            for node in nodes:
+            for node in nodes if are_open else []:
                 await node.begin()
             yield nodes
     finally:

@@ -109,8 +109,11 @@ class RelayDelivery:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _plan(self, cargo: Cargo, recipients: Sequence[Recipient]) -> list[Route]:
-        """Routes over all of them; those on probation pass nothing on, or are sent to from here."""
+        """Routes over all of them; those on probation pass nothing on, or are sent to from here. In the order of their
+        targets: the same every time, and neighbours by address are neighbours on the route.
+        """
         settings = self._settings
+        recipients = sorted(recipients, key=lambda one: one.target)
         relays = [one for one in recipients if one.target not in self._probation]
         leaves = [one for one in recipients if one.target in self._probation]
         direct = [one for one in leaves if one.target in self._sent_to_directly]
