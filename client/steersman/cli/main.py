@@ -17,6 +17,7 @@ from steersman.cli.connection import (
     credentials_of,
 )
 from steersman.cli.console import CleanGroup, CommandError, err, out, write
+from steersman.cli.rewards import app as rewards_app
 from steersman.client.types import JobKind, JobState, Overlength
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(cls=CleanGroup, no_args_is_help=True, help="Training jobs: list, get, cancel, resume, watch.")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(rewards_app, name="rewards")
 
 JobId = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]

@@ -47,12 +47,15 @@ def score_row(score: Score) -> dict[str, Any]:
     row["score"] = score.value
     if score.raw is not None:
         row["raw"] = score.raw
+    if score.length_penalty is not None:
+        row["length_penalty"] = score.length_penalty
     if score.members:
         row["members"] = {member.scorer: member.value for member in score.members}
         row["spread"] = score.spread
     if score.truncated:
         row["truncated"] = True
-    return row | {"num_tokens": score.num_tokens, "scorer": score.scorer, "revision": score.revision}
+    who = {"scorer": score.scorer, "model": score.model, "revision": score.revision}
+    return row | {"num_tokens": score.num_tokens} | who
 
 
 def score_file(

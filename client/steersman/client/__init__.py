@@ -14,6 +14,13 @@ from steersman.client.health import AsyncHealthClient, HealthClient, ServingStat
 from steersman.client.policy import AsyncPolicyClient, GenerateOptions, PolicyClient
 from steersman.client.reference import AsyncReferenceClient, ReferenceClient
 from steersman.client.reward import AsyncRewardClient, RewardClient
+from steersman.client.reward_models import (
+    AsyncRewardModelClient,
+    RewardModel,
+    RewardModelClient,
+    RewardModelState,
+    ScorerSwitch,
+)
 from steersman.client.trainer import AsyncTrainerClient, TrainerClient
 from steersman.client.types import (
     Activation,
@@ -58,6 +65,7 @@ __all__ = [
     "AsyncPolicyClient",
     "AsyncReferenceClient",
     "AsyncRewardClient",
+    "AsyncRewardModelClient",
     "AsyncTrainerClient",
     "AsyncWeightClient",
     "ChannelSettings",
@@ -88,12 +96,16 @@ __all__ = [
     "RelayHop",
     "RelayReceipt",
     "RewardClient",
+    "RewardModel",
+    "RewardModelClient",
+    "RewardModelState",
     "Sample",
     "SampleDelta",
     "Score",
     "ScoreItem",
     "Scorer",
     "ScorerKind",
+    "ScorerSwitch",
     "ServingStatus",
     "StateChange",
     "SteersmanError",

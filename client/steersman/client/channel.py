@@ -23,6 +23,7 @@ _IDEMPOTENT: Final = {
     "steersman.v1.PolicyService": ("GetModel",),
     "steersman.v1.ReferenceService": ("ComputeLogprobs", "GetModel"),
     "steersman.v1.RewardService": ("Score", "ListScorers"),
+    "steersman.v1.RewardModelService": ("GetModel", "ListModels"),
     "steersman.v1.TrainerService": ("GetJob", "ListJobs"),
     "steersman.v1.WeightService": ("GetWeightState", "Activate"),
 }

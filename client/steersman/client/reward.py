@@ -126,23 +126,33 @@ def _outcome(message: Any, field: str) -> tuple[float | None, SteersmanError | N
 def score_from_proto(message: reward_pb2.ItemScore) -> Score:
     """The score of one item."""
     value, error = _outcome(message, "result")
-    members = []
-    for member in message.members:
-        part, failure = _outcome(member, "member")
-        members.append(
-            MemberScore(scorer=member.scorer, value=part, error=failure, weight=member.weight, revision=member.revision)
-        )
     return Score(
         id=message.id,
         value=value,
         error=error,
         raw=message.raw_score if message.HasField("raw_score") else None,
-        members=tuple(members),
+        length_penalty=message.length_penalty if message.HasField("length_penalty") else None,
+        members=tuple(_member_from_proto(member) for member in message.members),
         spread=message.spread if message.HasField("spread") else None,
         truncated=message.truncated,
         num_tokens=message.num_tokens,
         scorer=message.scorer,
+        model=message.model,
         revision=message.revision,
+    )
+
+
+def _member_from_proto(message: reward_pb2.MemberScore) -> MemberScore:
+    value, error = _outcome(message, "member")
+    return MemberScore(
+        scorer=message.scorer,
+        value=value,
+        error=error,
+        weight=message.weight,
+        model=message.model,
+        revision=message.revision,
+        raw=message.raw_score if message.HasField("raw_score") else None,
+        length_penalty=message.length_penalty if message.HasField("length_penalty") else None,
     )
 
 

@@ -137,13 +137,16 @@ class ScoreItem:
 
 @dataclass(frozen=True, kw_only=True)
 class MemberScore:
-    """The part of one scorer in a combined score; exactly one of `value` and `error` is set."""
+    """The part of one scorer in a combined score; exactly one of `value` and `error` is set. Else as in `Score`."""
 
     scorer: str
     value: float | None
     error: SteersmanError | None
     weight: float
+    model: str = ""
     revision: str = ""
+    raw: float | None = None
+    length_penalty: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,22 +158,26 @@ class Score:
         value: the score, finite.
         error: why there is none.
         raw: the score before normalisation and length penalty, if asked for.
+        length_penalty: what was subtracted for a long response; None if the scorer has no such penalty.
         members: parts of a combined score.
         spread: standard deviation of the members.
         truncated: the prompt was shortened to fit.
         num_tokens: tokens that were scored.
-        scorer: who answered; revision: of the model behind it.
+        scorer: who answered; model: by which loaded model; revision: of that model. A combined score has them in its
+            members.
     """
 
     id: str
     value: float | None
     error: SteersmanError | None
     raw: float | None = None
+    length_penalty: float | None = None
     members: tuple[MemberScore, ...] = ()
     spread: float | None = None
     truncated: bool = False
     num_tokens: int = 0
     scorer: str = ""
+    model: str = ""
     revision: str = ""
 
     def unwrap(self) -> float:

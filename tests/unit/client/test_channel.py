@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from steersman.client.channel import ChannelSettings, Credentials, channel_options, resolve_target, service_config
-from steersman.v1 import policy_pb2, reference_pb2, reward_pb2, trainer_pb2, weights_pb2
+from steersman.v1 import policy_pb2, reference_pb2, reward_model_pb2, reward_pb2, trainer_pb2, weights_pb2
 from steersman.wire.errors import SteersmanError
 
 HOSTS = {"a": ["10.0.0.1", "fd00::1"], "b": ["10.0.0.2"], "six": ["fd00::2"]}
@@ -55,7 +55,7 @@ def test_retries_are_for_unavailable_and_for_methods_that_exist() -> None:
     assert config["loadBalancingConfig"] == [{"round_robin": {}}]
     (method_config,) = config["methodConfig"]
     assert method_config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
-    files = (policy_pb2, reference_pb2, reward_pb2, trainer_pb2, weights_pb2)
+    files = (policy_pb2, reference_pb2, reward_pb2, reward_model_pb2, trainer_pb2, weights_pb2)
     known = {
         (service.full_name, method.name)
         for file in files
