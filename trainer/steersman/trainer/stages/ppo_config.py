@@ -59,6 +59,17 @@ class ServiceSettings(_Settings):
         "replica that stayed behind gets those that it missed, if they are smaller than all weights. 0 keeps the "
         "newest only.",
     )
+    push_topology: Literal["direct", "chain", "tree", "auto"] = Field(
+        default="auto",
+        description="How new weights get to several replicas: from the trainer to each (direct), or once from the "
+        "trainer and then from replica to replica, each passing them on to one (chain) or to push_fan_out others (tree) "
+        "while it receives them. auto: direct to fewer than four, else a chain or a tree, whichever is sooner for so "
+        "many bytes. What breaks on the way is routed round. Replicas must reach each other by the addresses that the "
+        "trainer uses.",
+    )
+    push_fan_out: int = Field(
+        default=2, ge=2, le=16, description="Replicas that each one of a tree passes weights on to."
+    )
     activation: Literal["as_staged", "all_or_nothing"] = Field(
         default="as_staged",
         description="When a replica switches to new weights: as soon as it has them, or when a quorum has them, and "
