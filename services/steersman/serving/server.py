@@ -24,8 +24,8 @@ from steersman.wire.limits import MIB
 
 logger = logging.getLogger(__name__)
 
-# 16 GB/s on a link with a round trip of a millisecond, and 320 MB/s across 50 of them.
-_WINDOW_BYTES: Final = 16 * MIB
+STREAM_WINDOW_BYTES: Final = 8 * MIB
+"""8 GB/s on a link with a round trip of a millisecond, 160 MB/s across 50 of them, for each stream."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -163,7 +163,7 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         # How far a sender may run ahead on one stream: a bound on memory that does not depend on who is faster. gRPC's
         # own estimate is left off: while the reader waits for a core it grows to hundreds of MiB.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
         # Clients may ping every 10 s while idle, to notice a dead connection.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -11,11 +11,11 @@ from steersman.client.types import WeightChunk
 from steersman.policy.app import PolicyService
 from steersman.policy.settings import PolicySettings
 from steersman.serving.metrics import Metrics
-from steersman.serving.server import start_server
+from steersman.serving.server import STREAM_WINDOW_BYTES, start_server
 from steersman.wire.errors import Code, SteersmanError
-from steersman.wire.limits import MIB, WEIGHT_CHUNK_BYTES
+from steersman.wire.limits import WEIGHT_CHUNK_BYTES
 
-WINDOW_CHUNKS = 16 * MIB // WEIGHT_CHUNK_BYTES
+WINDOW_CHUNKS = STREAM_WINDOW_BYTES // WEIGHT_CHUNK_BYTES
 # On the way: a message that is read, one that is written, and what the sockets hold.
 SLACK_CHUNKS = 16
 DEADLINE_S = 3.0
