@@ -364,6 +364,7 @@ class GatedEngine:
 
     model = INFO
     normalization = Normalization()
+    shares_prefixes = False
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)
