@@ -14,10 +14,11 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from steersman.serving.logging import request_id
 from steersman.serving.metrics import Metrics
-from steersman.wire.errors import Code, Reason, SteersmanError
+from steersman.wire.errors import Code, Reason, SteersmanError, invalid_field
 from steersman.wire.status import DETAILS_TRAILER, encode_details
 
 REQUEST_ID_KEY: Final = "x-request-id"
@@ -59,12 +60,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             + ("stream" if handler.response_streaming else "unary")
         )
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        return cast(Handler, make(behaviour, handler.request_deserializer, handler.response_serializer))
+        return cast(Handler, make(behaviour, _decoder(handler.request_deserializer), handler.response_serializer))
 
     def _wrap_unary(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with self._around(method, context):
-                return await inner(request, context)
+                return await inner(_decoded(request), context)
 
         return call
 
@@ -72,7 +73,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, method: str, inner: Callable[..., AsyncGenerator[Any, None]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._around(method, context), aclosing(inner(request, context)) as responses:
+            async with self._around(method, context), aclosing(inner(_decoded(request), context)) as responses:
                 async for response in responses:
                     yield response
 
@@ -107,6 +108,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._metrics.rpc_seconds.labels(method, code.name).observe(elapsed)
             logger.debug("call", extra={"method": method, "code": code.name, "seconds": round(elapsed, 6)})
             _reset(token)
+
+
+class _Undecodable:
+    """Stands for a message that is none of the method's, until the call is under way and can be answered in order."""
+
+    def __init__(self, data: bytes) -> None:
+        self.error = invalid_field(
+            "request", f"{len(data)} bytes", "the encoded request message of the method, its text in UTF-8"
+        )
+
+
+def _decoder(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialize is None:
+        return None
+
+    def decode(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Undecodable(data)
+
+    return decode
+
+
+def _decoded(request: Any) -> Any:
+    """A message, or a stream of them, that is what the method takes. Raises INVALID_FIELD if it is not."""
+    if isinstance(request, _Undecodable):
+        raise request.error
+    return _decoded_stream(request) if hasattr(request, "__aiter__") else request
+
+
+async def _decoded_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
 
 
 def translate(error: Exception, identifier: str) -> SteersmanError:

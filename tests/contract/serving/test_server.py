@@ -279,3 +279,23 @@ async def test_messages_beyond_the_limit_are_refused() -> None:
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     finally:
         await server.stop()
+
+
+@pytest.mark.parametrize(
+    ("method", "data"), [("GetModel", b"\xff" * 8), ("Generate", b"\xff" * 8), ("Generate", b"\x1a\x03\xff\xfe\xfd")]
+)
+async def test_a_message_that_cannot_be_read_is_a_bad_field(
+    method: str, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def ask(channel: grpc.aio.Channel) -> None:
+        if method == "GetModel":
+            await channel.unary_unary(f"/{NAME}/{method}")(data, timeout=10)
+        async for _ in channel.unary_stream(f"/{NAME}/{method}")(data, timeout=10):
+            pass
+
+    async with serving(FakeService()) as server, grpc.aio.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(channel)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith(f"request is '{len(data)} bytes', allowed: the encoded request")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
