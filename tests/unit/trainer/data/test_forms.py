@@ -187,3 +187,12 @@ def test_a_row_that_lacks_a_field_of_its_form_says_so(form, fields, expected):
 def test_fields_of_no_form():
     assert detect_form({"text": "x"}) is None
     assert detect_form({"prompt": None, "text": "x"}) is None
+
+
+def test_subset_and_annotator_are_kept():
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b"}
+    record = parse(row | {"subset": "safety", "annotator": 12})
+    assert (record.subset, record.annotator) == ("safety", "12")
+    assert (parse(row).subset, parse(row).annotator) == ("", "")
+    assert "subset is ['x']" in reason(row | {"subset": ["x"]})
+    assert "at most 64" in reason(row | {"annotator": "x" * 65})

@@ -58,6 +58,13 @@ def atomic_directory(target: Path, *, metadata: Mapping[str, Any] | None = None)
         raise
 
 
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that appears whole. ValueError for a number that is not finite."""
+    partial = path.with_name(f"{_TEMPORARY_PREFIX}{path.name}")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of ``directory``. CheckpointError if there is none or it cannot be read."""
     path = directory / MANIFEST

@@ -9,6 +9,8 @@
   ``preference_base``.
 - ``ranked``: ``prompt``, ``responses``, ``ranks`` (1 is best, equal is a tie); without ``ranks`` the responses stand
   best to worst.
+
+  Each of these may have ``subset``, by which an evaluation tells rows apart, and ``annotator``, who ranked.
 - ``messages``: a conversation that ends with the assistant's turn.
 - ``completion``: ``prompt`` and ``completion`` (or ``response``).
 - ``prompt``: ``prompt`` alone, or ``input_text`` alone.
@@ -16,7 +18,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast, get_args
 
 from steersman.trainer.data.records import (
@@ -35,6 +37,7 @@ from steersman.trainer.data.settings import Form
 ROLES: Final = get_args(Role)
 _TURN: Final = re.compile(r"\n\n(Human|Assistant):")
 _CANDIDATE_NAMES: Final = (("candidate1", "candidate2"), ("candidate_1", "candidate_2"), ("candidate_0", "candidate_1"))
+_MAX_LABEL_CHARS: Final = 64
 _CHOICE_NAMES: Final = ("human_preference", "choice")
 
 
@@ -72,7 +75,10 @@ def detect_form(fields: Mapping[str, Any]) -> Form | None:
 def parse_row(row: Row, form: Form, options: FormOptions) -> Record:
     """The record that ``row`` holds in ``form``. BadRow says which field is wrong and what it must be."""
     try:
-        return _PARSERS[form](row.fields, row.origin, options)
+        record = _PARSERS[form](row.fields, row.origin, options)
+        if not isinstance(record, Comparison):
+            return record
+        return replace(record, subset=_label(row.fields, "subset"), annotator=_label(row.fields, "annotator"))
     except _Unfit as error:
         raise BadRow(row.origin, str(error)) from None
 
@@ -287,6 +293,15 @@ def _margin(fields: Mapping[str, Any]) -> float | None:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < float("inf"):
         raise _Unfit(f"margin is {_shown(margin)}, must be a number of at least 0")
     return float(margin)
+
+
+def _label(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int) or len(str(value)) > _MAX_LABEL_CHARS:
+        raise _Unfit(f"{name} is {_shown(value)}, must be a number or text of at most {_MAX_LABEL_CHARS} characters")
+    return str(value)
 
 
 def _require(field: str, value: Any) -> None:

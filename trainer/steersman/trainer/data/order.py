@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 
 class EpochOrder:
@@ -36,6 +37,20 @@ class EpochOrder:
             self._epoch = epoch
         start = position * self._batch_size
         return self._permutation[start : start + self._batch_size]
+
+
+def balanced(signs: Sequence[int], *, seed: int) -> list[int]:
+    """Record numbers in which as many have a positive sign as a negative one: those of the rarer sign come again, the
+    further times in an order drawn by the seed. A record of sign 0 comes once. Nothing to balance: every record once.
+    """
+    sides = [[n for n, sign in enumerate(signs) if sign * side > 0] for side in (1, -1)]
+    rarer, other = sorted(sides, key=len)
+    numbers = list(range(len(signs)))
+    if not rarer:
+        return numbers
+    again = list(rarer)
+    random.Random(f"{seed}/balance").shuffle(again)
+    return numbers + [again[n % len(again)] for n in range(len(other) - len(rarer))]
 
 
 def split_indices(num_records: int, *, held_out: int, seed: int) -> tuple[list[int], list[int]]:

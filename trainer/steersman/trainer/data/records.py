@@ -56,7 +56,8 @@ class Comparison:
     """A prompt and at least two responses, ranked by a person.
 
     ``ranks`` go with ``responses``: 1 is the best, equal ranks are a tie. ``margin`` says, for two responses, how much
-    better the better one is, in the unit of the reward; None if nobody said.
+    better the better one is, in the unit of the reward; None if nobody said. ``subset`` is what the row is called to be
+    told apart in an evaluation, ``annotator`` who ranked; empty if nobody said.
     """
 
     prompt: Context
@@ -64,6 +65,8 @@ class Comparison:
     ranks: tuple[int, ...]
     origin: Origin
     margin: float | None = None
+    subset: str = ""
+    annotator: str = ""
 
     @property
     def best(self) -> str:
