@@ -19,8 +19,10 @@ SHAPES = {"a.embed": (256, 128), "b.norm": (64,), "c.up": (128, 192), "d.empty":
 NUM_ELEMENTS = 256 * 128 + 64 + 128 * 192 + 192 * 128
 
 
-def service(dtype: str = "BFLOAT16") -> FakeWeightService:
-    made = FakeWeightService(manifest({name: (shape, dtype) for name, shape in SHAPES.items()}))
+def service(dtype: str = "BFLOAT16", *, rows: int = 1) -> FakeWeightService:
+    """A replica of SHAPES, with so many times the rows."""
+    specs = {name: ((rows * shape[0], *shape[1:]), dtype) for name, shape in SHAPES.items()}
+    made = FakeWeightService(manifest(specs))
     made.max_chunk_bytes = 8192
     return made
 

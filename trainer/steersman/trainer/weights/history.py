@@ -22,7 +22,7 @@ from steersman.trainer.weights.image import Manifest, WeightImage
 from steersman.wire.identity import WeightVersion
 
 MAX_LINKS: Final = 32
-"""Each link is a transaction of its own, which hashes all weights: so many take longer than one push of everything."""
+"""Each link is a transaction of its own, which hashes all weights: more would take longer than one push of everything."""
 # Encoders release the interpreter; more would take cores from the trainer for a link that is busy already.
 _ENCODER_THREADS: Final = 2
 
@@ -151,5 +151,5 @@ class DeltaHistory:
 
     def _trim(self, chain: _Chain) -> None:
         limit, links = min(self._max_bytes, chain.full_bytes), chain.links
-        while links and (len(links) > MAX_LINKS or sum(link.num_bytes for link in links) > limit):
+        while links and (len(links) >= MAX_LINKS or sum(link.num_bytes for link in links) > limit):
             links.pop(0)
