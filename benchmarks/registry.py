@@ -50,6 +50,17 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         },
     ),
     Benchmark(
+        name="push",
+        module="benchmarks.push",
+        targets={
+            "dense_push_vs_raw_tcp": Target(
+                what="speed of a dense push over gRPC on loopback, against a raw TCP socket pair that fills the same "
+                "shared memory in the same run",
+                at_least=0.4,
+            ),
+        },
+    ),
+    Benchmark(
         name="ppo",
         module="benchmarks.ppo",
         targets={
