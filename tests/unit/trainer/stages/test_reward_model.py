@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from steersman.trainer.checkpoint.models import load_actor, load_tokenizer, save_model
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.settings import DataSettings
+from steersman.trainer.stages import reward_normalization
 from steersman.trainer.stages.reward_model import run_reward_model
 from steersman.trainer.stages.reward_model_config import RewardModelConfig
 from steersman.trainer.stages.run import METRICS_FILE, Run, read_rows
@@ -76,16 +77,45 @@ def test_it_learns_a_preference_and_the_saved_model_serves_it(config, tmp_path):
     assert good > long_bad
 
 
-def test_the_saved_configuration_holds_the_moments_of_the_training_scores(config, tmp_path, rows):
-    result = run_in(tmp_path / "run", config.model_copy(update={"eval_share": 0.0, "max_steps": 5}))
+@pytest.mark.parametrize(("reference", "names"), [("chosen", ["chosen"]), ("all", ["chosen", "rejected"])])
+def test_the_scale_of_the_scores_lies_beside_the_model(config, tmp_path, rows, reference, names):
+    changed = config.model_copy(update={"eval_share": 0.0, "max_steps": 5, "normalize_on": reference})
+    result = run_in(tmp_path / "run", changed)
+    saved = json.loads((result.model_directory / "reward_normalization.json").read_text())
+    scores = served_scores(result.model_directory, [f"{row['prompt']} {row[name]}" for row in rows for name in names])
+    assert saved["mean"] == pytest.approx(float(scores.mean()), abs=1e-4)
+    assert saved["std"] == pytest.approx(float(scores.std(unbiased=False)), abs=1e-4)
+    assert saved["num_responses"] == len(scores)
+    assert saved["reference"].endswith(f"of {len(rows)} training comparisons")
+    assert (result.metrics["reward_mean"], result.metrics["reward_std"]) == (saved["mean"], saved["std"])
+    # The manifest vouches for it as for the rest.
+    assert "reward_normalization.json" in json.loads((result.model_directory / "manifest.json").read_text())["files"]
+
+
+def test_without_a_scale_there_is_no_file(config, tmp_path):
+    changed = config.model_copy(update={"max_steps": 1, "normalize_on": "none"})
+    result = run_in(tmp_path / "run", changed)
+    assert not (result.model_directory / "reward_normalization.json").exists()
     saved = json.loads((result.model_directory / "config.json").read_text())
-    scores = served_scores(
-        result.model_directory, [f"{row['prompt']} {row[name]}" for row in rows for name in ("chosen", "rejected")]
-    )
-    assert saved["reward_mean"] == pytest.approx(float(scores.mean()), abs=1e-4)
-    assert saved["reward_std"] == pytest.approx(float(scores.std(unbiased=False)), abs=1e-4)
     assert saved["pad_token_id"] == 0
     assert saved["reward_encoding"] == "continuation"
+
+
+def test_a_reference_set_is_spread_over_all_records():
+    assert reward_normalization.evenly(3) == [0, 1, 2]
+    assert reward_normalization.evenly(10, 4) == [0, 2, 5, 7]
+    assert reward_normalization.evenly(0) == []
+
+
+def test_scores_that_are_all_the_same_give_no_scale():
+    assert reward_normalization.fit(torch.full((3,), 2.0), "r") is None
+    assert reward_normalization.fit(torch.tensor([1.0, 3.0]), "r") == {
+        "version": 1,
+        "mean": 2.0,
+        "std": 1.0,
+        "num_responses": 2,
+        "reference": "r",
+    }
 
 
 def test_ranked_lists_train_as_all_their_pairs(config, tmp_path, write_rows, words):
@@ -156,3 +186,65 @@ def test_margins_and_ties_move_the_loss(config, tmp_path, write_rows, rows):
     # A fresh head scores everything zero.
     assert plain == pytest.approx(0.6931, abs=1e-3)
     assert asked == pytest.approx(3.0486, abs=1e-3)
+
+
+def test_the_evaluation_tells_subsets_lengths_and_annotators_apart(config, tmp_path, write_rows, words):
+    """The annotator who follows the rule is agreed with, the one who does the opposite is not."""
+    train = [{"prompt": "w1", "chosen": f"{words(PLAIN, 1, 3)} w3", "rejected": f"{words(PLAIN, 1, 3)} w4"}] * 1
+    train += [
+        {"prompt": "w1", "chosen": f"{words(PLAIN, 1, 4)} w3", "rejected": f"{words(PLAIN, 1, 4)} w4"}
+        for _ in range(99)
+    ]
+    judged = []
+    for number in range(30):
+        good, bad = f"{words(PLAIN, 1, 3)} w3", f"{words(PLAIN, 4, 6)} w4"
+        subset = "easy" if number % 3 else "hard"
+        judged.append({"prompt": "w2", "chosen": good, "rejected": bad, "subset": subset, "annotator": "fair"})
+        judged.append({"prompt": "w2", "chosen": bad, "rejected": good, "subset": subset, "annotator": 7})
+    settings = {
+        "data": DataSettings(files=(write_rows(train, "train.jsonl"),)),
+        "eval_data": DataSettings(files=(write_rows(judged, "judged.jsonl"),)),
+        "eval_share": 0.0,
+    }
+    metrics = run_in(tmp_path / "run", config.model_copy(update=settings)).metrics
+    table = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert metrics["eval/num_pairs"] == table["overall"]["num_pairs"] == 60
+    assert metrics["eval/accuracy"] == table["overall"]["value"] == pytest.approx(0.5)
+    assert table["annotators"]["fair"]["value"] > 0.9
+    assert table["annotators"]["7"]["value"] < 0.1
+    assert (table["agreement"]["value"], table["agreement"]["num_pairs"]) == (0.0, 30)
+    assert {name: one["num_pairs"] for name, one in table["subsets"].items()} == {"easy": 40, "hard": 20}
+    assert table["lengths"]["preferred_shorter"]["value"] == pytest.approx(table["annotators"]["fair"]["value"])
+    assert metrics["eval/preferred_longer/accuracy"] == table["lengths"]["preferred_longer"]["value"]
+    # As sure of the wrong ones as of the right ones.
+    assert metrics["eval/calibration_error"] == pytest.approx(
+        sum(
+            one["accuracy"]["num_pairs"] * (one["mean_confidence"] - one["accuracy"]["value"])
+            for one in table["calibration"]
+        )
+        / 60,
+        abs=1e-6,
+    )
+
+
+def test_balanced_lengths_show_the_rarer_side_again(config, tmp_path, write_rows, words):
+    longer = [{"prompt": "w1", "chosen": "w3 w5 w6", "rejected": "w4"} for _ in range(30)]
+    shorter = [{"prompt": "w1", "chosen": "w3", "rejected": "w4 w5 w6"} for _ in range(6)]
+    alike = [{"prompt": "w1", "chosen": "w3", "rejected": "w4"} for _ in range(4)]
+    data = DataSettings(files=(write_rows(longer + shorter + alike, "lengths.jsonl"),))
+    changed = config.model_copy(update={"data": data, "eval_share": 0.0, "max_steps": None, "batch_size": 8})
+    plain = run_in(tmp_path / "plain", changed)
+    balanced = run_in(tmp_path / "balanced", changed.model_copy(update={"balance_lengths": True}))
+    assert plain.total_steps == 40 // 8
+    assert balanced.total_steps == (30 + 30 + 4) // 8
+
+
+def test_the_scores_that_training_ended_with_are_kept(config, tmp_path):
+    result = run_in(tmp_path / "run", config.model_copy(update={"max_steps": 3}))
+    items = json.loads((tmp_path / "run" / "scores.json").read_text())["items"]
+    assert len(items) == 32
+    model = AutoModelForSequenceClassification.from_pretrained(result.model_directory)
+    for item in items:
+        with torch.no_grad():
+            score = model(input_ids=torch.tensor([[*item["prompt"], *item["response"]]])).logits
+        assert float(score) == pytest.approx(item["raw_score"], abs=1e-4)

@@ -11,8 +11,9 @@ An actor and a scalar head of the same architecture name their backbone's tensor
 from the other's files; what is missing (the head) is drawn from the seed.
 """
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -177,13 +178,17 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     metadata: dict[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model to ``target`` at once, with a manifest; ``from_pretrained(target)`` reads it.
 
-    CheckpointError if ``AutoTokenizer`` would read another tokenizer from there than the one given.
+    ``files`` are further JSON files by name. CheckpointError if ``AutoTokenizer`` would read another tokenizer from
+    there than the one given.
     """
     with atomic_directory(target, metadata=metadata) as directory:
         write_model(directory, model, tokenizer)
+        for name, content in (files or {}).items():
+            (directory / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if tokenizer is not None:
             _require_same_tokenizer(directory, tokenizer, model.config.model_type)
 

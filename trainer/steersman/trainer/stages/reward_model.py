@@ -2,29 +2,36 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steersman.trainer.algorithm.losses import LossOutput, RankedPairs, bradley_terry_loss, ranked_pairs
-from steersman.trainer.algorithm.metrics import MetricSums, wilson_interval
+from steersman.trainer.algorithm.metrics import MetricSums
+from steersman.trainer.checkpoint.atomic import write_json
 from steersman.trainer.checkpoint.models import adopt_special_tokens, load_scalar_head, sequence_scores
 from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad, worthwhile_padding
 from steersman.trainer.data.encode import Encoder, Example
 from steersman.trainer.data.load import load_comparisons
+from steersman.trainer.data.order import balanced
 from steersman.trainer.data.records import Comparison
+from steersman.trainer.stages import reward_normalization
 from steersman.trainer.stages.placement import Placement, place
+from steersman.trainer.stages.reward_evaluation import JudgedPair, evaluate_pairs
 from steersman.trainer.stages.reward_model_config import RewardModelConfig
 from steersman.trainer.stages.run import Run
 from steersman.trainer.stages.supervised import StageResult, make_encoder, read_tokenizer, train
 
 _log = logging.getLogger(__name__)
 _PAD_TOKEN = "<|pad|>"
-# A thousand responses: the mean is exact to a thirtieth of the spread, and costs seconds.
-_CALIBRATION_COMPARISONS = 512
+# Enough to find a wrong tokenizer, head or data type; a few kilobytes.
+_CHECKED_COMPARISONS = 16
+EVALUATION_FILE: Final = "evaluation.json"
+SCORES_FILE: Final = "scores.json"
 
 
 def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
@@ -34,10 +41,11 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     token, EOS for a response that was not cut off; the padding token is never EOS, so that the Hugging Face forward
     pass (and the reward service) finds the same last token.
 
-    Logs ``loss``, ``accuracy``, ``reward_gap``; on held-out data the same under ``eval/``, with ``eval/accuracy_low``
-    and ``eval/accuracy_high``, a 95 % Wilson interval over the pairs. The saved configuration holds ``reward_mean`` and
-    ``reward_std`` of the responses trained on (InstructGPT shifts the reward so that its mean is zero; a consumer may
-    do so with these), and ``reward_encoding``, how text is to become tokens.
+    Logs ``loss``, ``accuracy``, ``reward_gap``; on held-out data the same under ``eval/``, with intervals, by subset
+    and by length, and the calibration error; ``<run>/evaluation.json`` has it all as a table. ``<run>/scores.json`` has
+    a few responses with the scores that training ended with, for ``steersman rewards check``. The saved configuration
+    holds ``reward_mean`` and ``reward_std`` of the responses trained on (InstructGPT shifts the reward so that its mean
+    is zero; a consumer may do so with these), and ``reward_encoding``, how text is to become tokens.
 
     DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
     """
@@ -55,16 +63,21 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     _cover_vocabulary(model, tokenizer)
     placement.move(model)
     encoder = make_encoder(config, tokenizer)
+    comparisons = _encode(encoder, [records[n] for n in train_numbers], use_ties=config.use_ties)
+    if not comparisons:
+        raise ValueError("no comparison ranks one response above another: nothing to learn from")
     task = _RewardModelTask(
         config=config,
         model=model,
         placement=placement,
-        comparisons=_encode(encoder, [records[n] for n in train_numbers], use_ties=config.use_ties),
+        comparisons=comparisons,
+        order=balanced([c.longer_preferred for c in comparisons], seed=config.seed)
+        if config.balance_lengths
+        else list(range(len(comparisons))),
         eval_comparisons=_encode(encoder, eval_records, use_ties=False),
         pad_id=pad_id,
+        directory=run.directory,
     )
-    if not task.comparisons:
-        raise ValueError("no comparison ranks one response above another: nothing to learn from")
     return train(config, task, model, tokenizer, run, facts=report.metrics())
 
 
@@ -75,6 +88,19 @@ class _Encoded:
     examples: list[Example]
     ranks: tuple[int, ...]
     margin: float
+    subset: str
+    annotator: str
+
+    @property
+    def longer_preferred(self) -> int:
+        """1 if more pairs prefer the longer response than the shorter one, -1 if fewer do, else 0."""
+        pairs = [
+            (len(better.response_ids) > len(worse.response_ids)) - (len(better.response_ids) < len(worse.response_ids))
+            for better, rank in zip(self.examples, self.ranks, strict=True)
+            for worse, other in zip(self.examples, self.ranks, strict=True)
+            if rank < other
+        ]
+        return (sum(pairs) > 0) - (sum(pairs) < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +109,18 @@ class _RewardModelTask:
     model: PreTrainedModel
     placement: Placement
     comparisons: list[_Encoded]
+    order: list[int]
     eval_comparisons: list[_Encoded]
     pad_id: int
+    directory: Path
+    normalization: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_records(self) -> int:
-        return len(self.comparisons)
+        return len(self.order)
 
     def accumulate(self, records: list[int]) -> MetricSums:
-        comparisons = [self.comparisons[n] for n in records]
+        comparisons = [self.comparisons[self.order[n]] for n in records]
         sums = MetricSums()
         for batch, group in self._batches(comparisons):
             scores_B = self._scores(batch)
@@ -111,36 +140,51 @@ class _RewardModelTask:
         if not self.eval_comparisons:
             return {}
         sums = MetricSums()
-        num_correct = num_pairs = 0.0
+        judged: list[JudgedPair] = []
         for batch, group in self._batches(self.eval_comparisons):
             scores_B = self._scores(batch)
             output, pairs = self._loss(scores_B, group, denominator=1, smoothed=False)
             _add(sums, output, pairs)
-            gap_P = scores_B[pairs.better_P] - scores_B[pairs.worse_P]
-            num_correct += float((gap_P > 0).sum()) + 0.5 * float((gap_P == 0).sum())
-            num_pairs += len(gap_P)
-        # The interval takes pairs as independent; those of one long ranked list are not quite.
-        low, high = wilson_interval(num_correct, num_pairs)
-        metrics = {f"eval/{name}": value for name, value in sums.means().items()}
-        return metrics | {
-            "eval/accuracy": num_correct / num_pairs,
-            "eval/accuracy_low": low,
-            "eval/accuracy_high": high,
-            "eval/num_pairs": num_pairs,
-        }
+            judged += _judged(scores_B, pairs, group)
+        evaluation = evaluate_pairs(judged)
+        write_json(self.directory / EVALUATION_FILE, evaluation.table())
+        return {f"eval/{name}": value for name, value in sums.means().items()} | evaluation.metrics()
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         # Tells whoever serves the model that text is to become tokens the way it did here.
         self.model.config.reward_encoding = "continuation"
-        if not self.config.record_score_moments:
+        self._write_scores()
+        fitted = self._fit_normalization()
+        if fitted is None:
             return {}
-        scores = [self._scores(batch) for batch, _ in self._batches(self.comparisons[:_CALIBRATION_COMPARISONS])]
-        flat = torch.cat(scores)
-        mean, std = float(flat.mean()), float(flat.std(unbiased=False))
-        self.model.config.reward_mean = mean
-        self.model.config.reward_std = std
-        return {"reward_mean": mean, "reward_std": std}
+        self.normalization.update(fitted)
+        return {"reward_mean": fitted["mean"], "reward_std": fitted["std"]}
+
+    def files(self) -> dict[str, Any]:
+        return {reward_normalization.FILE_NAME: self.normalization} if self.normalization else {}
+
+    def _fit_normalization(self) -> dict[str, Any] | None:
+        if self.config.normalize_on == "none":
+            return None
+        some = [self.comparisons[n] for n in reward_normalization.evenly(len(self.comparisons))]
+        chosen_only = self.config.normalize_on == "chosen"
+        scores = []
+        for batch, group in self._batches(some):
+            counts = [not chosen_only or rank == min(c.ranks) for c in group for rank in c.ranks]
+            scores.append(self._scores(batch)[torch.tensor(counts, device=self.placement.device)])
+        reference = "best" if chosen_only else "all"
+        return reward_normalization.fit(torch.cat(scores), f"{reference} responses of {len(some)} training comparisons")
+
+    def _write_scores(self) -> None:
+        """The scores of some responses, for whoever serves the model to compare with."""
+        some = (self.eval_comparisons or self.comparisons)[:_CHECKED_COMPARISONS]
+        items = []
+        for batch, group in self._batches(some):
+            examples = [example for comparison in group for example in comparison.examples]
+            for example, score in zip(examples, self._scores(batch).tolist(), strict=True):
+                items.append({"prompt": example.prompt_ids, "response": example.response_ids, "raw_score": score})
+        write_json(self.directory / SCORES_FILE, {"items": items})
 
     def _scores(self, batch: PaddedBatch) -> Tensor:
         with self.placement.autocast():
@@ -190,13 +234,40 @@ def _add(sums: MetricSums, output: LossOutput, pairs: RankedPairs) -> None:
     sums.add({name: output.sums[name] for name in ("accuracy", "reward_gap")}, count=decided)
 
 
+def _judged(scores_B: Tensor, pairs: RankedPairs, group: list[_Encoded]) -> list[JudgedPair]:
+    rows = [(comparison, example) for comparison in group for example in comparison.examples]
+    judged = []
+    gaps = (scores_B[pairs.better_P] - scores_B[pairs.worse_P]).tolist()
+    for gap, better, worse in zip(gaps, pairs.better_P.tolist(), pairs.worse_P.tolist(), strict=True):
+        comparison, preferred = rows[better]
+        other = rows[worse][1]
+        texts = sorted([preferred.response_ids, other.response_ids])
+        judged.append(
+            JudgedPair(
+                gap=gap,
+                longer_by_tokens=len(preferred.response_ids) - len(other.response_ids),
+                subset=comparison.subset,
+                annotator=comparison.annotator,
+                key=repr((preferred.prompt_ids, texts)),
+                preferred_first=texts[0] == preferred.response_ids,
+            )
+        )
+    return judged
+
+
 def _encode(encoder: Encoder, records: list[Comparison], *, use_ties: bool) -> list[_Encoded]:
     """Comparisons as tokens, without those that would make no pair."""
     useful = [record for record in records if use_ties or len(set(record.ranks)) > 1]
     if len(useful) < len(records):
         _log.info("left out %d comparisons in which all responses are tied", len(records) - len(useful))
     return [
-        _Encoded(examples=examples, ranks=record.ranks, margin=record.margin or 0.0)
+        _Encoded(
+            examples=examples,
+            ranks=record.ranks,
+            margin=record.margin or 0.0,
+            subset=record.subset,
+            annotator=record.annotator,
+        )
         for record, examples in zip(useful, encoder.comparisons(useful), strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,9 @@ class _SftTask:
         return sums.means()
 
     def finish(self) -> dict[str, float]:
+        return {}
+
+    def files(self) -> dict[str, Any]:
         return {}
 
     def _batches(self, examples: list[Example]) -> Iterator[PaddedBatch]:

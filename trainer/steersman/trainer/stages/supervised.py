@@ -77,6 +77,10 @@ class SupervisedTask(Protocol):
         """Called after the last update, before the model is saved; further metrics for the result."""
         ...
 
+    def files(self) -> Mapping[str, Any]:
+        """JSON files to lie beside the model, by name; asked for after `finish`."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
@@ -147,7 +151,8 @@ def train(
     final = task.evaluate() | task.finish() | dict(facts)
     run.log(total_steps, last_row | final)
     directory = run.directory / "model"
-    save_model(directory, model, tokenizer, metadata=identity | {"step": total_steps, "metrics": _finite(final)})
+    metadata = identity | {"step": total_steps, "metrics": _finite(final)}
+    save_model(directory, model, tokenizer, metadata=metadata, files=task.files())
     run.progress(total_steps, total_steps, "done")
     return StageResult(
         num_steps=total_steps,
