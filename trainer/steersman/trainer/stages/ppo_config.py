@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.settings import DataSettings, TranscriptTemplate
 from steersman.trainer.discovery.address import parse_address
-from steersman.trainer.stages.settings import DTypeSetting, OptimizerConfig
+from steersman.trainer.stages.settings import MAX_SEED, MAX_STEPS, DTypeSetting, OptimizerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -62,10 +62,10 @@ class ServiceSettings(_Settings):
     push_topology: Literal["direct", "chain", "tree", "auto"] = Field(
         default="auto",
         description="How new weights get to several replicas: from the trainer to each (direct), or once from the "
-        "trainer and then from replica to replica, each passing them on to one (chain) or to push_fan_out others (tree) "
-        "while it receives them. auto: direct to fewer than four, else a chain or a tree, whichever is sooner for so "
-        "many bytes. What breaks on the way is routed round. Replicas must reach each other by the addresses that the "
-        "trainer uses.",
+        "trainer and then from replica to replica, each passing them on to one (chain) or to push_fan_out "
+        "others (tree) while it receives them. auto: direct to fewer than four, else a chain or a tree, "
+        "whichever is sooner for so many bytes. What breaks on the way is routed round. Replicas must "
+        "reach each other by the addresses that the trainer uses.",
     )
     push_fan_out: int = Field(
         default=2, ge=2, le=16, description="Replicas that each one of a tree passes weights on to."
@@ -171,7 +171,7 @@ class PpoConfig(_Settings):
     services: ServiceSettings = ServiceSettings()
     sampling: SamplingConfig = SamplingConfig()
 
-    total_steps: int = Field(default=100, ge=1, description="Batches to train on.")
+    total_steps: int = Field(default=100, ge=1, le=MAX_STEPS, description="Batches to train on.")
     prompts_per_step: int = Field(default=64, ge=1)
     num_epochs: int = Field(default=1, ge=1, description="Passes over each batch.")
     num_minibatches: int = Field(default=1, ge=1, description="Optimizer steps in a pass.")
@@ -215,7 +215,7 @@ class PpoConfig(_Settings):
         default=False, description="Also log policy/entropy_avg over the whole vocabulary; costs a few per cent."
     )
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     device: str = Field(default="auto", description="auto, cpu or cuda[:N].")
     dtype: DTypeSetting = Field(
         default="auto", description="Of matrix products: bfloat16 on CUDA, else float32; weights stay float32."
