@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import grpc
 
-from steersman.policy.engine.options import prepare_environment, runs_on_cpu
+from steersman.policy.engine.options import prepare_environment
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine, GenerationRequest
 from steersman.policy.handler import GenerationHandler
 from steersman.policy.metrics import PolicyMetrics
@@ -20,6 +20,7 @@ from steersman.policy.weights.store import WeightSource, WeightStore
 from steersman.serving.location import locate
 from steersman.serving.metrics import Metrics
 from steersman.serving.service import EngineDead
+from steersman.serving.vllm_environment import runs_on_cpu
 from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2
 from steersman.wire.errors import unavailable
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from steersman.policy.engine import model_files, options
+from steersman.policy.engine import model_files
 from steersman.policy.engine.options import EngineOptions, prepare_environment
 from steersman.policy.settings import PolicySettings
+from steersman.serving import vllm_environment
 from steersman.serving.location import Location
 from steersman.serving.settings import SettingsError
 
@@ -17,7 +18,7 @@ from steersman.serving.settings import SettingsError
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An empty environment that the code under test writes to."""
     fake: dict[str, str] = {}
-    monkeypatch.setattr(options.os, "environ", fake)
+    monkeypatch.setattr(vllm_environment.os, "environ", fake)
     return fake
 
 

@@ -30,7 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
 from steersman.policy.engine import model_files, orphans, plugin
-from steersman.policy.engine.options import BLOCK_TOKENS, EngineOptions
+from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import (
     Activation,
     EngineDeadError,
@@ -46,6 +46,7 @@ from steersman.policy.engine.port import (
 from steersman.policy.engine.spans import VersionTracker
 from steersman.policy.engine.streams import groups_of, merge, stream_interval
 from steersman.serving.tokenization import trusted
+from steersman.serving.vllm_environment import BLOCK_TOKENS
 from steersman.wire.identity import ModelInfo, WeightVersion
 
 _LOG = logging.getLogger(__name__)
