@@ -1,6 +1,7 @@
 """TrainerService over a real server; workers are played by the test through the store."""
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 
 from steersman.serving.metrics import Metrics
 from steersman.serving.server import RunningServer, start_server
+from steersman.trainer.jobs.handler import MAX_SPEC_BYTES
 from steersman.trainer.jobs.launcher import WorkerStatus
-from steersman.trainer.jobs.model import JobKind, JobProgress, JobResources, JobState, StepMetrics
+from steersman.trainer.jobs.model import Job, JobKind, JobProgress, JobResources, JobSpec, JobState, StepMetrics
 from steersman.trainer.jobs.service import build
 from steersman.trainer.jobs.settings import TrainerSettings
 from steersman.trainer.jobs.store import DATABASE_FILE, JobStore
 from steersman.v1 import trainer_pb2, trainer_pb2_grpc
-from steersman.wire.errors import FieldViolation, Reason, SteersmanError
+from steersman.wire.errors import Code, FieldViolation, Reason, SteersmanError
 from steersman.wire.status import DETAILS_TRAILER, decode_error
 
 
@@ -28,6 +30,7 @@ class FakeLauncher:
         self.endings: dict[str, str] = {}
         self.stopped: list[str] = []
         self.killed: list[str] = []
+        self.broken: set[str] = set()
 
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
         return [FieldViolation(field="spec.resources.image", description="none here")] if resources.image else []
@@ -37,6 +40,8 @@ class FakeLauncher:
         return f"worker-{len(self.launched)}"
 
     async def status(self, handle: str) -> WorkerStatus:
+        if handle in self.broken:
+            raise RuntimeError("the launcher does not know it any more")
         return WorkerStatus(alive=handle not in self.endings, ending=self.endings.get(handle, ""))
 
     async def stop(self, handle: str) -> None:
@@ -345,3 +350,42 @@ async def test_a_watcher_that_leaves_is_forgotten(service: Fixture) -> None:
     events = service.watch("one", after=1)
     assert summary(await events.read()) == (2, "RUNNING")
     events.cancel()
+
+
+async def test_watching_from_beyond_the_last_event_is_a_bad_field(service: Fixture) -> None:
+    await service.create("one")
+    error = await refusal(service.watch("one", after=2).read())
+    assert error.message == "after_sequence is 2, allowed: 0 to 1, the last event of 'one'"
+
+
+async def test_long_specs_are_refused_and_pages_of_them_stay_short(service: Fixture) -> None:
+    error = await refusal(service.create("long", text="x" * MAX_SPEC_BYTES))
+    assert error.message.startswith("spec is '262")
+    assert error.message.endswith(f"bytes as JSON', allowed: at most {MAX_SPEC_BYTES}")
+    assert not (service.runs / "long").exists()
+
+
+async def test_no_trouble_with_one_job_keeps_others_waiting(service: Fixture) -> None:
+    await service.create("orphan")
+    lost = service.runs / "lost"
+    spec = JobSpec(kind=JobKind.SFT, config={})
+    job = Job(id="lost", spec=spec, state=JobState.PENDING, run_directory=str(lost), create_time=0.0)
+    service.worker.create(job, max_active=9)
+    failed = await service.until("lost", trainer_pb2.JOB_STATE_FAILED)
+    assert failed.error == "its run folder cannot be used: No such file or directory"
+    service.launcher.broken.add("worker-1")
+    assert (await service.create("next")).state == trainer_pb2.JOB_STATE_PENDING
+    assert len(service.launcher.launched) == 2
+
+
+async def test_a_full_disk_is_said_and_leaves_nothing_behind(service: Fixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        error = await refusal(service.create("full"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.code is Code.UNAVAILABLE
+    assert error.message == "the runs directory of the service cannot be written to: File too large"
+    assert not (service.runs / "full").exists()
+    await service.create("full")

@@ -87,3 +87,11 @@ async def test_cpus_bound_the_threads(tmp_path: Path) -> None:
     handle = await launcher.launch(tmp_path, JobResources(cpus_per_process=1.5))
     launcher._children[json.loads(handle)["pid"]].wait(timeout=30)
     assert (tmp_path / "log.txt").read_text() == "1\n"
+
+
+def test_cpus_beyond_the_machine_are_refused() -> None:
+    for cpus in (-1.0, 1e300, float("inf"), float("nan")):
+        (violation,) = LocalLauncher().check(JobResources(cpus_per_process=cpus))
+        assert violation.field == "spec.resources.cpus_per_process"
+        assert violation.description.endswith("of this machine")
+    assert LocalLauncher().check(JobResources(cpus_per_process=0.5)) == []

@@ -18,7 +18,7 @@ from steersman.trainer.jobs.model import (
     StateChange,
     StepMetrics,
 )
-from steersman.trainer.jobs.store import JobStore
+from steersman.trainer.jobs.store import JobStore, dump_spec
 from steersman.wire.errors import Reason, SteersmanError
 
 SPEC = JobSpec(
@@ -177,3 +177,14 @@ def test_an_unknown_job_is_named_with_those_that_are_known(store: JobStore) -> N
     with pytest.raises(SteersmanError, match=r"'other'.*known") as caught:
         store.get("other")
     assert caught.value.reason is Reason.NOT_FOUND
+
+
+def test_a_page_of_long_specs_is_shorter_and_never_empty(store: JobStore) -> None:
+    for name in ("a", "b", "c"):
+        store.create(make_job(name), max_active=9)
+    room = 2 * len(dump_spec(SPEC))
+    page, following = store.list_page(max_spec_bytes=room)
+    assert [job.id for job in page] == ["c", "b"]
+    page, following = store.list_page(before=following, max_spec_bytes=room)
+    assert ([job.id for job in page], following) == (["a"], None)
+    assert [job.id for job in store.list_page(max_spec_bytes=1)[0]] == ["c"]

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from steersman.trainer.jobs.model import JobKind
-from steersman.trainer.jobs.registry import Stage
+from steersman.trainer.jobs.registry import STAGES, Stage
 from steersman.trainer.jobs.validation import SettingsValidator, find_violations
 from steersman.wire.errors import Reason, SteersmanError
 
@@ -56,3 +56,18 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "field"),
+    [
+        (JobKind.SFT, {"max_steps": 2**63}, "max_steps"),
+        (JobKind.REWARD_MODEL, {"num_epochs": 1e300}, "num_epochs"),
+        (JobKind.SFT, {"seed": 2**63}, "seed"),
+        (JobKind.PPO, {"total_steps": 1e300}, "total_steps"),
+        (JobKind.PPO, {"seed": -1}, "seed"),
+    ],
+)
+def test_numbers_that_no_counter_holds_are_refused(kind: JobKind, config: dict[str, object], field: str) -> None:
+    found = {violation.field for violation in find_violations(STAGES, kind, config)}
+    assert f"spec.config.{field}" in found

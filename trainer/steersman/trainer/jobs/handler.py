@@ -1,9 +1,12 @@
 """What each method of TrainerService does; no grpc, no protobuf."""
 
 import asyncio
+import logging
 import os
 import re
 import secrets
+import shutil
+import sqlite3
 import time
 from collections.abc import AsyncGenerator, Collection
 from contextlib import suppress
@@ -22,13 +25,20 @@ from steersman.trainer.jobs.model import (
     JobState,
 )
 from steersman.trainer.jobs.monitor import Monitor
-from steersman.trainer.jobs.store import DATABASE_FILE, JobStore
+from steersman.trainer.jobs.store import DATABASE_FILE, JobStore, dump_spec
 from steersman.trainer.jobs.validation import Validator
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
+from steersman.wire.limits import MIB
+
+logger = logging.getLogger(__name__)
 
 JOB_ID_PATTERN: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 MAX_PAGE_SIZE: Final = 1000
 DEFAULT_PAGE_SIZE: Final = 100
+# Thousands of file names; a job is sent whole whenever it is shown.
+MAX_SPEC_BYTES: Final = 256 * 1024
+# Of a page: far below what a message holds, with room for errors beside the specs.
+MAX_PAGE_SPEC_BYTES: Final = 16 * MIB
 
 # How soon a watcher hears of an event: far below what a person notices, and cheap (one pragma a tick for all watchers).
 TICK_SECONDS: Final = 0.05
@@ -95,6 +105,9 @@ class JobsHandler:
         if violations := self._launcher.check(spec.resources):
             message = "; ".join(f"{violation.field} {violation.description}" for violation in violations)
             raise SteersmanError(Reason.INVALID_FIELD, message, violations=violations)
+        num_bytes = len(dump_spec(spec))
+        if num_bytes > MAX_SPEC_BYTES:
+            raise invalid_field("spec", f"{num_bytes} bytes as JSON", f"at most {MAX_SPEC_BYTES}")
         await self._validator.check(spec.kind, spec.config)
         directory = self._runs / job_id
         job = Job(
@@ -121,9 +134,13 @@ class JobsHandler:
             database = os.path.relpath(self._database, directory)
             folder.write_job_file(directory, folder.JobFile(job_id=job.id, spec=job.spec, database=database))
             return self._store.create(job, max_active=self._max_running_jobs)
-        except BaseException:
-            (directory / folder.JOB_FILE).unlink(missing_ok=True)
-            directory.rmdir()
+        except BaseException as error:
+            # Made above and seen by nobody yet.
+            shutil.rmtree(directory, ignore_errors=True)
+            if isinstance(error, OSError | sqlite3.OperationalError):
+                logger.exception("cannot record a job", extra={"job": job.id})
+                why = getattr(error, "strerror", None) or str(error)
+                raise unavailable(f"the runs directory of the service cannot be written to: {why}") from error
             raise
 
     async def get(self, job_id: str) -> Job:
@@ -143,6 +160,7 @@ class JobsHandler:
             states=states,
             before=int(page_token) if page_token else None,
             limit=page_size or DEFAULT_PAGE_SIZE,
+            max_spec_bytes=MAX_PAGE_SPEC_BYTES,
         )
         return jobs, "" if following is None else str(following)
 
@@ -172,6 +190,9 @@ class JobsHandler:
         ENGINE_UNAVAILABLE when the service ends first."""
         if after_sequence < 0:
             raise invalid_field("after_sequence", after_sequence, "0 or more")
+        last = await asyncio.to_thread(self._store.last_sequence, job_id)
+        if after_sequence > last:
+            raise invalid_field("after_sequence", after_sequence, f"0 to {last}, the last event of {job_id!r}")
         self._num_watchers += 1
         try:
             while not self._draining:

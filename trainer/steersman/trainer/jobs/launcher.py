@@ -65,10 +65,15 @@ class LocalLauncher:
 
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
         """A local job is one process that sees all of the machine; only its CPU threads can be bounded."""
+        num_cpus = os.cpu_count() or 1
         bounds = {
             "num_processes": (resources.num_processes, "0 or 1", resources.num_processes in (0, 1)),
             "gpus_per_process": (resources.gpus_per_process, "0 or 1", resources.gpus_per_process in (0, 1)),
-            "cpus_per_process": (resources.cpus_per_process, "0 or more", resources.cpus_per_process >= 0),
+            "cpus_per_process": (
+                resources.cpus_per_process,
+                f"0 to the {num_cpus} of this machine",
+                0 <= resources.cpus_per_process <= num_cpus,
+            ),
             "memory_bytes_per_process": (
                 resources.memory_bytes_per_process,
                 "0",

@@ -47,16 +47,22 @@ class Monitor:
             for job in await asyncio.to_thread(self._store.active):
                 try:
                     await self._look_at(job)
-                except SteersmanError as error:
+                except Exception as error:
                     # The worker moved the job meanwhile: it knows best.
-                    if error.reason is not Reason.JOB_STATE:
-                        raise
+                    moved = isinstance(error, SteersmanError) and error.reason is Reason.JOB_STATE
+                    if not moved:  # and no trouble with one job may keep the others waiting
+                        logger.exception("cannot look after a job", extra={"job": job.id})
 
     async def _look_at(self, job: Job) -> None:
         directory = Path(job.run_directory)
         if not job.handle:
             # Accepted, not launched. A locked folder has a worker that will record itself in a moment.
-            if not await asyncio.to_thread(folder.in_use, directory):
+            try:
+                launched = await asyncio.to_thread(folder.in_use, directory)
+            except OSError as error:
+                await self._fail(job, f"its run folder cannot be used: {error.strerror}")
+                return
+            if not launched:
                 await self._launch(job)
             return
         status = await self._launcher.status(job.handle)
@@ -77,12 +83,14 @@ class Monitor:
         try:
             handle = await self._launcher.launch(Path(job.run_directory), job.spec.resources)
         except OSError as error:
-            await asyncio.to_thread(
-                self._store.move, job.id, JobState.FAILED, error=f"cannot start a worker: {error.strerror}"
-            )
+            await self._fail(job, f"cannot start a worker: {error.strerror}")
             return
         await asyncio.to_thread(self._store.set_handle, job.id, handle)
         logger.info("job started", extra={"job": job.id, "worker": handle})
+
+    async def _fail(self, job: Job, why: str) -> None:
+        ended = JobState.CANCELLED if job.state is JobState.CANCELLING else JobState.FAILED
+        await asyncio.to_thread(self._store.move, job.id, ended, error=why)
 
     async def _end(self, seen: Job, status: WorkerStatus) -> None:
         # The worker may have recorded its end between the two questions.

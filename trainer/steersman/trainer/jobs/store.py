@@ -5,6 +5,7 @@ Invariants: a job's state and the event that tells of it change in one transacti
 workers each hold a connection of their own; WAL lets them read while another writes.
 """
 
+import itertools
 import json
 import sqlite3
 import threading
@@ -110,7 +111,7 @@ class JobStore:
             connection.execute(
                 "INSERT INTO jobs (id, spec, state, run_directory, create_time, restarts_left)"
                 " VALUES (?, ?, ?, ?, ?, ?)",
-                (job.id, _dump_spec(job.spec), job.state, job.run_directory, job.create_time, job.restarts_left),
+                (job.id, dump_spec(job.spec), job.state, job.run_directory, job.create_time, job.restarts_left),
             )
             _append(connection, job.id, StateChange(state=job.state))
             return _get(connection, job.id)
@@ -121,9 +122,17 @@ class JobStore:
             return _get(connection, job_id)
 
     def list_page(
-        self, *, states: Collection[JobState] = (), before: int | None = None, limit: int = 100
+        self,
+        *,
+        states: Collection[JobState] = (),
+        before: int | None = None,
+        limit: int = 100,
+        max_spec_bytes: int | None = None,
     ) -> tuple[list[Job], int | None]:
-        """Jobs, newest first, with the `before` of the next page (None on the last)."""
+        """Jobs, newest first, with the `before` of the next page (None on the last).
+
+        At most `limit` of them, and only one if its spec alone is longer than `max_spec_bytes` of JSON.
+        """
         clauses, values = ["1"], list[Any]()
         if states:
             clauses.append(f"state IN ({', '.join('?' * len(states))})")
@@ -134,8 +143,10 @@ class JobStore:
         query = f"SELECT * FROM jobs WHERE {' AND '.join(clauses)} ORDER BY ordinal DESC LIMIT ?"
         with self._reading() as connection:
             rows = connection.execute(query, (*values, limit + 1)).fetchall()
-        page = rows[:limit]
-        return [_job(row) for row in page], int(page[-1]["ordinal"]) if len(rows) > limit else None
+        sizes = itertools.accumulate(len(row["spec"]) for row in rows[:limit])
+        fitting = sum(max_spec_bytes is None or size <= max_spec_bytes for size in sizes)
+        page = rows[: max(1, fitting)]
+        return [_job(row) for row in page], int(page[-1]["ordinal"]) if len(rows) > len(page) else None
 
     def active(self) -> list[Job]:
         """Jobs that have a worker, or should have one."""
@@ -205,6 +216,13 @@ class JobStore:
                 (job_id, after, limit),
             ).fetchall()
         return [_event(row) for row in rows]
+
+    def last_sequence(self, job_id: str) -> int:
+        """Sequence of the newest event. Errors: NOT_FOUND."""
+        with self._reading() as connection:
+            _get(connection, job_id)
+            query = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job_id = ?"
+            return int(connection.execute(query, (job_id,)).fetchone()[0])
 
     def data_version(self) -> int:
         """A number that changes when *another* connection commits: a cheap question before a query."""
@@ -300,7 +318,8 @@ def _event(row: sqlite3.Row) -> JobEvent:
     return JobEvent(sequence=row["sequence"], time=row["time"], payload=payload)
 
 
-def _dump_spec(spec: JobSpec) -> str:
+def dump_spec(spec: JobSpec) -> str:
+    """The JSON form of a spec."""
     return json.dumps({"kind": spec.kind, "config": dict(spec.config), "resources": asdict(spec.resources)})
 
 

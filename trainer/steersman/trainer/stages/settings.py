@@ -1,8 +1,13 @@
 """Settings that several stages have. Settings import neither torch nor transformers: the service checks them too."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+# Beyond any training; a number that no counter on the wire could hold would fail only later.
+MAX_STEPS: Final = 10**9
+# What torch takes as a seed and every language as an integer.
+MAX_SEED: Final = 2**63 - 1
 
 DTypeSetting = Literal["auto", "float32", "bfloat16"]
 

@@ -5,7 +5,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.order import EpochOrder, split_indices
 from steersman.trainer.data.settings import DataSettings, TranscriptTemplate
-from steersman.trainer.stages.settings import DTypeSetting, OptimizerConfig
+from steersman.trainer.stages.settings import MAX_SEED, MAX_STEPS, DTypeSetting, OptimizerConfig
 
 
 class SupervisedConfig(BaseModel):
@@ -26,11 +26,11 @@ class SupervisedConfig(BaseModel):
 
     batch_size: int = Field(default=32, ge=1, description="Records in one update.")
     micro_batch_tokens: int = Field(default=8192, ge=1, description="Padded tokens in one forward pass.")
-    num_epochs: float = Field(default=1.0, gt=0, description="Passes over the data, if max_steps is left out.")
-    max_steps: int | None = Field(default=None, ge=1, description="Updates in all.")
+    num_epochs: float = Field(default=1.0, gt=0, le=1e6, description="Passes over the data, if max_steps is left out.")
+    max_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="Updates in all.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     seed: int = Field(
-        default=0, ge=0, description="Decides fresh weights, the held-out share and the order of the data."
+        default=0, ge=0, le=MAX_SEED, description="Decides fresh weights, the held-out share and the order of the data."
     )
     device: str = Field(default="auto", description="auto (CUDA if there), cpu, cuda or cuda:N.")
     dtype: DTypeSetting = Field(
