@@ -102,7 +102,7 @@ async def replica(size_mib: int) -> None:
     from steersman.serving.metrics import Metrics
     from steersman.serving.server import start_server
 
-    settings = PolicySettings(model="none", port=0, metrics_port=None)
+    settings = PolicySettings.model_validate({"model": "none", "port": 0, "metrics_port": None})
     metrics = Metrics("policy")
     service = PolicyService(_NoEngine(), _NoWeights(manifest_of(size_mib)), settings, metrics)
     server = await start_server(service, settings, metrics)

@@ -42,7 +42,13 @@ class FullCargo:
 
     async def chunks(self) -> AsyncIterator[WeightChunk]:
         """As in `Cargo`."""
-        async for few in _made_ahead(self.image.chunks(self.manifest, max_bytes=self.max_bytes)):
+        chunks = self.image.chunks(self.manifest, max_bytes=self.max_bytes)
+        if self.image.has_types(self.manifest):
+            # A view and its checksum take less time than to hand them from thread to thread.
+            for chunk in chunks:
+                yield chunk
+            return
+        async for few in _made_ahead(chunks):
             for chunk in few:
                 yield chunk
 

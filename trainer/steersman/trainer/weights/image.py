@@ -86,6 +86,10 @@ class WeightImage:
                 self._digests[key] = digest.finish()
             return self._digests[key]
 
+    def has_types(self, manifest: Sequence[TensorSpec]) -> bool:
+        """Whether the weights are of the replica's element types, so that nothing is to be converted."""
+        return all(self._tensors[spec.name].dtype is getattr(torch, spec.dtype) for spec in manifest)
+
     def elements(self, spec: TensorSpec) -> NDArray[Any]:
         """All elements of one tensor in the replica's type, flat, as unsigned integers of its width. Not to be
         written to: no copy where the types agree.
