@@ -70,6 +70,17 @@ class ApiServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
 
+    def kubeconfig(self) -> dict[str, Any]:
+        """What leads a client here, with the token that is expected now."""
+        return {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "test",
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "rl"}}],
+            "clusters": [{"name": "test", "cluster": {"server": self.url}}],
+            "users": [{"name": "test", "user": {"token": self.expected_token}}],
+        }
+
     @property
     def version(self) -> int:
         return self._version

@@ -32,19 +32,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiServe
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with ApiServer() as running:
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
-        (tmp_path / "config").write_text(json.dumps(kubeconfig(running)), encoding="utf-8")
+        (tmp_path / "config").write_text(json.dumps(running.kubeconfig()), encoding="utf-8")
         yield running
-
-
-def kubeconfig(server: ApiServer) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "test",
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "rl"}}],
-        "clusters": [{"name": "test", "cluster": {"server": server.url}}],
-        "users": [{"name": "test", "user": {"token": server.expected_token}}],
-    }
 
 
 class Following:
@@ -243,7 +232,7 @@ async def test_a_token_that_was_replaced_is_read_anew(server: ApiServer, tmp_pat
         assert await found.next() == ONE
         await asyncio.to_thread(server.wait_for, 1, "watch")
         server.expected_token = "another secret"
-        (tmp_path / "config").write_text(json.dumps(kubeconfig(server)), encoding="utf-8")
+        (tmp_path / "config").write_text(json.dumps(server.kubeconfig()), encoding="utf-8")
         server.cut()
         server.put(endpoint_slice("b", [endpoint("10.0.0.2")]))
         assert await found.next() == TWO

@@ -46,6 +46,11 @@ class PolicyReplicas:
         self._some = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
+    @property
+    def targets(self) -> Targets:
+        """What discovery found last."""
+        return self._targets
+
     def follow(self, update: Callable[[Targets], None]) -> None:
         """Starts to follow discovery; `update` gets every change after the publisher has it."""
         self._following = asyncio.get_running_loop().create_task(self._follow(update))
@@ -119,11 +124,11 @@ class PolicyReplicas:
             async for targets in answers:
                 come, gone = sorted(set(targets) - set(self._targets)), sorted(set(self._targets) - set(targets))
                 _log.info("policy replicas: %d now; new: %s; gone: %s", len(targets), come or "none", gone or "none")
-                self._targets = targets
                 # What comes back under an old address may be another model.
                 self._fit.intersection_update(targets)
                 await self._publisher.update_targets(targets)
                 update(targets)
+                self._targets = targets
                 if targets:
                     self._some.set()
                 else:

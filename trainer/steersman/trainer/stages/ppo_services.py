@@ -34,7 +34,9 @@ from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.publication import QuorumNotStaged
 from steersman.trainer.weights.publisher import Publisher
+from steersman.trainer.weights.relay import RelayDelivery, RelaySettings
 from steersman.trainer.weights.report import PublishReport
+from steersman.trainer.weights.routes import Topology
 from steersman.trainer.weights.settings import ActivationMode, PublishSettings
 from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import ModelInfo
@@ -141,6 +143,11 @@ class GrpcServices:
         text, problem = self._waits.text(), self._discovery.problem
         return f"{text} ({problem})" if text and problem else text
 
+    @property
+    def policy_targets(self) -> tuple[str, ...]:
+        """The policy replicas now."""
+        return self._replicas.targets
+
     def close(self) -> None:
         """Ends everything under way and closes the channels."""
         try:
@@ -167,6 +174,9 @@ class GrpcServices:
             backoff=self._backoff,
             waits=self._waits,
             settings=_publish_settings(settings),
+            delivery=RelayDelivery(
+                RelaySettings(topology=Topology(settings.push_topology), fan_out=settings.push_fan_out)
+            ),
         )
         self._replicas = PolicyReplicas(
             self._discovery, self._publisher, self._check_policy, backoff=self._backoff, waits=self._waits
