@@ -16,7 +16,7 @@ import torch
 from steersman.reward.cache import CacheMetrics, ScoreCache
 from steersman.reward.engine.footprint import check_memory
 from steersman.reward.engine.normalization import stored_normalization
-from steersman.reward.engine.port import Normalization
+from steersman.reward.engine.port import LoadedEngine, Normalization
 from steersman.reward.engine.torch_engine import TorchScoreEngine
 from steersman.reward.ensemble import EnsembleScorer
 from steersman.reward.function_scorer import FunctionScorer
@@ -93,6 +93,7 @@ class TorchModelBuilder:
 
     def release(self, name: str) -> None:
         """See `ModelBuilder.release`."""
+        self._batch_metrics.forget(name)
         self._cache_metrics.forget(name)
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -107,7 +108,7 @@ class TorchModelBuilder:
         return ModelScorer(
             name,
             engine,
-            settings.batching.for_device(engine.device.type),
+            settings.batching.for_device(engine.device_type),
             encoder=parts.encoder,
             bos_token_id=parts.bos_token_id,
             stall_seconds=self._stall_seconds,
@@ -124,7 +125,7 @@ class TorchModelBuilder:
 class Parts:
     """What is read from a checkpoint. Loading it blocks, on whatever thread it is called."""
 
-    engine: TorchScoreEngine
+    engine: LoadedEngine
     normalization: Normalization
     encoder: TextEncoder | None = None
     bos_token_id: int | None = None
@@ -133,7 +134,7 @@ class Parts:
     @classmethod
     def load(cls, field: str, settings: ModelScorerSettings) -> "Parts":
         """Reads model, tokenizer and normalisation. `ValueError` names the setting below `field` that is wrong."""
-        engine = TorchScoreEngine.load(field, settings)
+        engine = load_engine(field, settings)
         normalization = Normalization()
         if settings.normalize == "auto":
             folder = locate(f"{field}.model", settings.model, settings.revision).folder
@@ -152,6 +153,18 @@ class Parts:
             bos_token_id=tokenizer.bos_token_id,
             tokenizer_digest=digest_tokenizer(tokenizer),
         )
+
+
+def load_engine(field: str, settings: ModelScorerSettings) -> LoadedEngine:
+    """The model on its backend. `ValueError` names the setting below `field` that is wrong."""
+    if settings.backend == "torch":
+        return TorchScoreEngine.load(field, settings)
+    try:
+        # Only here: vLLM is not installed everywhere, and takes seconds to import.
+        from steersman.reward.engine.vllm_engine import VllmScoreEngine
+    except ImportError as error:
+        raise ValueError(f"{field}.backend: is 'vllm', which cannot be imported ({error}), allowed: torch") from error
+    return VllmScoreEngine.load(field, settings)
 
 
 def digest_tokenizer(tokenizer: Any) -> str:

@@ -149,21 +149,29 @@ class ModelManager:
         await asyncio.gather(*(model.close() for model in self._roster.models.values()))
 
     async def _load(self, model: ServedModel, request: LoadRequest) -> None:
-        try:
-            async with self._loading, asyncio.timeout(self._settings.load_seconds):
-                scorer = await self._builder.build(model.name, model.settings, reserve=self._settings.memory_reserve)
-        except Exception as error:
-            logger.warning("model not loaded", extra={"model": model.name}, exc_info=error)
-            self._loads.labels("failed").inc()
-            model.enter(ModelState.FAILED, error=self._explain(error))
-            self._forget_failures()
-            return
+        async with self._loading:
+            scorer = await self._build(model)
+            if scorer is None:
+                await asyncio.to_thread(self._builder.release, model.name)
+                return
         logger.info("model loaded", extra={"model": model.name, "source": model.settings.model})
         self._loads.labels("ready").inc()
         # Nothing is awaited from here on: who waits for READY finds the switch made as well.
         model.enter(ModelState.READY, scorer=scorer)
         if request.switch_when_ready:
             self._switch_when_ready(model, request)
+
+    async def _build(self, model: ServedModel) -> ModelScorer | None:
+        """A warm model; None if it failed, which its state tells then."""
+        try:
+            async with asyncio.timeout(self._settings.load_seconds):
+                return await self._builder.build(model.name, model.settings, reserve=self._settings.memory_reserve)
+        except Exception as error:
+            logger.warning("model not loaded", extra={"model": model.name}, exc_info=error)
+            self._loads.labels("failed").inc()
+            model.enter(ModelState.FAILED, error=self._explain(error))
+            self._forget_failures()
+            return None
 
     def _switch_when_ready(self, model: ServedModel, request: LoadRequest) -> None:
         before = self._roster.pointed(request.scorer)
@@ -187,8 +195,9 @@ class ModelManager:
         try:
             await model.drain(self._settings.drain_seconds)
             await model.close()
-            del self._roster.models[model.name]
+            # The name is free only when nothing of the old model can be taken for the next one of that name.
             await asyncio.to_thread(self._builder.release, model.name)
+            del self._roster.models[model.name]
             logger.info("model unloaded", extra={"model": model.name})
         finally:
             model.gone()

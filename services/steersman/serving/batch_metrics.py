@@ -58,6 +58,21 @@ class BatchMetrics:
         """What to give to the batcher of that name."""
         return _LabelledObserver(self, batcher)
 
+    def forget(self, batcher: str) -> None:
+        """Drops the figures of a batcher that is gone; nothing if it has none."""
+        for instrument in (
+            self._depth,
+            self._items,
+            self._tokens,
+            self._tokens_total,
+            self._padding_total,
+            self._shared_total,
+            self._failed_total,
+            self._queue_seconds,
+            self._run_seconds,
+        ):
+            instrument.remove(batcher)
+
 
 class _LabelledObserver:
     def __init__(self, metrics: BatchMetrics, batcher: str) -> None:

@@ -212,6 +212,8 @@ async def test_the_memory_of_an_unloaded_model_is_free(zoo):
         assert (code, reason) == ("NOT_FOUND", "NOT_FOUND")
         sample = server.metrics.registry.get_sample_value
         assert sample("steersman_model_loads_total", {"outcome": "ready"}) == 1
+        assert sample("steersman_queue_depth", {"batcher": "b"}) is None
+        assert sample("steersman_queue_depth", {"batcher": "helpful"}) == 0
 
 
 async def test_calls_during_changes_are_all_answered_by_the_model_they_name(zoo):

@@ -1,6 +1,7 @@
 """`python -m steersman.reward` as a real process: a tiny model and a function, named in a file."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -142,6 +143,64 @@ async def test_serves_models_and_functions_and_drains_on_sigterm(config_file: Pa
     assert by_model.revision.startswith("sha256:")
     assert by_length.score == 3.0
     assert drained.score == 4.0
+
+
+def save_tiny(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        num_labels=1,
+    )
+    Qwen2ForSequenceClassification(config).save_pretrained(folder)
+
+
+async def steersman(port: int, *arguments: str) -> str:
+    """What the command says; it must succeed."""
+    command = [sys.executable, "-m", "steersman.cli.main", *arguments, "--address", f"127.0.0.1:{port}"]
+    child = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    said, complaints = await asyncio.wait_for(child.communicate(), DEADLINE_S)
+    assert child.returncode == 0, complaints.decode()
+    return said.decode()
+
+
+async def test_the_command_scales_a_model_and_puts_it_in_place_of_another(tmp_path: Path) -> None:
+    for seed, name in enumerate(("first", "second")):
+        save_tiny(tmp_path / name, seed)
+    rows = [{"prompt": [1, 2], "response": [token]} for token in range(3, 9)]
+    (tmp_path / "reference.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"scorers": {"helpful": {"model": str(tmp_path / "first")}}, "models": {"roots": [str(tmp_path)]}}
+    (tmp_path / "reward.yaml").write_text(yaml.safe_dump(settings | {"metrics_port": None}))
+    port = free_port()
+    async with process("--config", str(tmp_path / "reward.yaml"), "--port", str(port)) as child:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await ready(channel)
+        await steersman(port, "rewards", "load", "trial", "second")
+        scale = tmp_path / "second" / "reward_normalization.json"
+        reference = str(tmp_path / "reference.jsonl")
+        await steersman(port, "rewards", "normalize", reference, "--scorer", "trial", "-o", str(scale))
+        await steersman(port, "rewards", "unload", "trial")
+        load = ("rewards", "load", "next", "second", "--scorer", "helpful", "--switch", "--unload-previous")
+        assert await steersman(port, *load) == "next is ready, and scorer helpful points to it\n"
+        scored = await steersman(port, "score", "--input", reference, "--include-raw")
+        os.kill(child.pid, signal.SIGTERM)
+        status, log = await end(child)
+    assert status == 0, log
+    found = [json.loads(line) for line in scored.splitlines()]
+    assert {row["model"] for row in found} == {"next"}
+    values = json.loads(scale.read_text())
+    assert [row["score"] for row in found] == pytest.approx(
+        [(row["raw"] - values["mean"]) / values["std"] for row in found]
+    )
+    assert sum(row["score"] for row in found) == pytest.approx(0.0, abs=1e-4)
 
 
 async def test_a_function_that_cannot_be_imported_is_named() -> None:
