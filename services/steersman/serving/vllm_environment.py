@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
+from steersman.serving import vllm_noise
+
 BLOCK_TOKENS: Final = 32
 """Tokens of a key-value cache block: vLLM's CPU attention wants multiples of 32, and its GPU kernels accept it."""
 
@@ -22,12 +24,6 @@ _DEFAULTS: Final = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-_NOISY_LOGGERS: Final = (
-    "vllm.v1.worker.cpu_worker",  # advises on LD_PRELOAD
-    "vllm.utils.torch_utils",  # remarks on the number of threads, which we set
-    "vllm.renderers.base",  # remarks on models without a tokenizer, which are served by token ids
-)
-
 
 def prepare(*, on_cpu: bool, num_threads: int | None = None, separate_processes: bool = False) -> None:
     """Sets the variables. Those that are set already win, except where an argument speaks of them.
@@ -38,12 +34,13 @@ def prepare(*, on_cpu: bool, num_threads: int | None = None, separate_processes:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"))
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel("ERROR")
+    vllm_noise.silence()
     if on_cpu:
         # Eager execution costs no throughput on CPU, and the first request does not wait 10 s for a compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_processes else "0"
+        # Bound to cores, vLLM would keep one of them free for its scheduler, which sleeps while the model works.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # Without a limit OpenMP takes every core of the host, and throughput collapses in a container.
         threads = num_threads or len(os.sched_getaffinity(0))
         if num_threads is not None:
