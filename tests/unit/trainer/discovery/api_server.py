@@ -4,11 +4,13 @@
 
 import json
 import queue
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,10 +41,20 @@ class Refusal:
     page: bytes | None = None
 
 
-class ApiServer:
-    """Use as a context manager. `requests` tells what was asked: "list", or "watch VERSION"."""
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
 
-    def __init__(self) -> None:
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is none."""
+
+
+class ApiServer:
+    """Use as a context manager. `requests` tells what was asked: "list", or "watch VERSION".
+
+    With `identity`, the files of a certificate and its key, it speaks TLS.
+    """
+
+    def __init__(self, identity: tuple[Path, Path] | None = None) -> None:
         self._lock = threading.Condition()
         self._objects: dict[str, dict[str, Any]] = {}
         self._version = 100
@@ -52,8 +64,12 @@ class ApiServer:
         self.requests: list[str] = []
         self.refusals: dict[str, list[Refusal]] = {"list": [], "watch": []}
         self.expected_token = "secret-of-the-test"
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
+        self._identity = identity
+        if identity is not None:
+            secret = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            secret.load_cert_chain(*identity)
+            self._server.socket = secret.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
 
     def __enter__(self) -> "ApiServer":
@@ -68,16 +84,17 @@ class ApiServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http{'s' if self._identity else ''}://127.0.0.1:{self._server.server_port}"
 
     def kubeconfig(self) -> dict[str, Any]:
         """What leads a client here, with the token that is expected now."""
+        authority = {"certificate-authority": str(self._identity[0])} if self._identity else {}
         return {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "test",
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "rl"}}],
-            "clusters": [{"name": "test", "cluster": {"server": self.url}}],
+            "clusters": [{"name": "test", "cluster": {"server": self.url} | authority}],
             "users": [{"name": "test", "user": {"token": self.expected_token}}],
         }
 

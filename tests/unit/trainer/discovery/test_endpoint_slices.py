@@ -4,6 +4,8 @@ documentation says.
 
 import asyncio
 import json
+import shutil
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -282,6 +284,25 @@ async def test_it_ends_while_it_waits_for_the_server_and_while_it_waits_to_ask_a
         await found.problem("429: busy")
         answer.cancel()
         await asyncio.gather(answer, return_exceptions=True)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+async def test_over_tls_it_follows_and_ends_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=api.test "
+        "-addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
+    )
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    with ApiServer((tmp_path / "cert.pem", tmp_path / "key.pem")) as server:
+        (tmp_path / "config").write_text(json.dumps(server.kubeconfig()), encoding="utf-8")
+        server.put(endpoint_slice("a", [endpoint("10.0.0.1")]))
+        async with following() as found:
+            assert await found.next() == ONE
+            await asyncio.to_thread(server.wait_for, 1, "watch")
+            server.put(endpoint_slice("b", [endpoint("10.0.0.2")]))
+            assert await found.next() == TWO
 
 
 def test_in_a_pod_the_service_account_and_its_namespace_are_used(
