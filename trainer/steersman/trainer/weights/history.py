@@ -22,7 +22,7 @@ from steersman.trainer.weights.image import Manifest, WeightImage
 from steersman.wire.identity import WeightVersion
 
 MAX_LINKS: Final = 32
-"""Each link is a transaction of its own, which hashes all weights: more would take longer than one push of everything."""
+"""Each link is a transaction of its own, which hashes all weights: more take longer than one push of everything."""
 # Encoders release the interpreter; more would take cores from the trainer for a link that is busy already.
 _ENCODER_THREADS: Final = 2
 

@@ -43,7 +43,7 @@ _DELTA_REFUSALS: Final = frozenset(
 )
 # In a row, after which a replica gets no more: an older server does not know deltas.
 _MAX_DELTA_REFUSALS: Final = 3
-_ABORT_SECONDS: Final = 5.0
+_ABORT_SECONDS: Final = 2.0
 
 Send = Callable[[Cargo, Recipient], Awaitable[Delivered]]
 
