@@ -13,6 +13,9 @@ from typer.core import TyperGroup
 from steersman.cli.supervisor import StartError
 from steersman.wire.errors import Code, SteersmanError
 
+# Columns of a pipe: more than any row has.
+_PIPE_WIDTH: Final = 10_000
+
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 
@@ -33,8 +36,8 @@ class InputError(CommandError):
 
 
 def out() -> Console:
-    """Results. Long lines stay whole, so that they can be piped."""
-    return Console(soft_wrap=True, highlight=False)
+    """Results. Long lines stay whole, and rows of a table are lines, so that they can be piped."""
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 def err() -> Console:

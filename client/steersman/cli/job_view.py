@@ -132,5 +132,7 @@ def jobs_table(jobs: Iterable[Job]) -> Table:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress.total_steps else str(job.progress.step)
         created = job.create_time.astimezone().strftime("%Y-%m-%d %H:%M:%S") if job.create_time else ""
         state = f"[{_STATE_STYLE.get(job.state, 'cyan')}]{job.state}[/]"
-        table.add_row(job.id, job.kind, state, step, created, Text(job.error or job.progress.message))
+        table.add_row(
+            job.id, job.kind, state, step, created, Text((job.error or job.progress.message).partition("\n")[0])
+        )
     return table

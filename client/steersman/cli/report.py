@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from steersman.cli.console import CommandError, InputError
+from steersman.cli.console import EXIT_USAGE, CommandError, InputError
 
 _MODULE: Final = "steersman.trainer.report"
 _MISSING: Final = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
@@ -22,6 +22,8 @@ def run(run_directory: Path, arguments: list[str]) -> None:
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0:
         return
+    if done.returncode == EXIT_USAGE:
+        raise InputError(done.stderr.strip().rpartition("\n")[2])
     missing = _MISSING.search(done.stderr)
     if missing is not None or f"No module named {_MODULE}" in done.stderr:
         what = f" ({missing.group(1)} is missing)" if missing is not None else ""

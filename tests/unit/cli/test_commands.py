@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from steersman.cli.console import CommandError, explain
+from steersman.cli.console import CommandError, explain, out
 from steersman.cli.generate import parse_ids
 from steersman.cli.job_view import JobView, jobs_table, key_metrics
 from steersman.cli.main import app
@@ -139,6 +140,14 @@ def test_the_view_writes_plain_lines_elsewhere() -> None:
     assert (view.state, view.error) == (JobState.FAILED, "out of [memory]")
 
 
+def test_a_job_is_one_line_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = replace(JOB, state=JobState.FAILED, error="worker exited; " + "x" * 300 + "\nlast log lines")
+    out().print(jobs_table([failed]))
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.startswith("JOB")
+    assert row.rstrip().endswith("x" * 300)
+
+
 def test_jobs_table() -> None:
     screen = io.StringIO()
     Console(file=screen, width=160).print(jobs_table([JOB]))
@@ -184,6 +193,8 @@ def test_usage(arguments: list[str], code: int, text: str) -> None:
         (["generate", "--ids", "one"], "token ids are 'one'"),
         (["generate", "-n", "0", "prompt"], "--num-samples"),
         (["report", "none"], "RUN_DIRECTORY is none"),
+        (["report", "."], "RUN_DIR is '.'"),
+        (["report", ".", "--loud"], "unrecognized arguments: --loud"),
         (["dance"], "'dance'"),
         (["jobs", "get"], "missing argument"),
     ],
