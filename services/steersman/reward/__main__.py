@@ -3,6 +3,7 @@
 import sys
 
 from steersman.reward.settings import RewardSettings
+from steersman.serving import vllm_environment
 from steersman.serving.app import main
 from steersman.serving.metrics import Metrics
 from steersman.serving.service import Service
@@ -10,6 +11,10 @@ from steersman.serving.service import Service
 
 async def build(settings: RewardSettings, metrics: Metrics) -> Service:
     """Loads all scorers and warms them up."""
+    if settings.uses_vllm():
+        vllm_environment.prepare(
+            on_cpu=vllm_environment.runs_on_cpu(), num_threads=settings.num_threads, separate_processes=True
+        )
     # Heavy imports wait until the settings are known to be good.
     from steersman.reward.build import build_handler
     from steersman.reward.servicer import RewardService

@@ -143,6 +143,7 @@ class ModelScorer:
     async def close(self) -> None:
         """See `Scorer.close`."""
         await self._batcher.close()
+        await asyncio.to_thread(self._engine.close)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     def _enqueue(

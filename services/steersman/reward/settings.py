@@ -35,6 +35,21 @@ class LengthPenaltySettings(BaseModel):
         return self.per_token * max(0, num_response_tokens - self.free_tokens)
 
 
+class VllmBackendSettings(BaseModel):
+    """What the vLLM backend may take of the machine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    cache_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Key-value cache, in MiB. Default: 512 on a CPU, what is left on an accelerator.",
+    )
+    gpu_memory_fraction: float = Field(
+        default=0.9, gt=0, le=1, description="Share of a GPU's memory that it may use in all."
+    )
+
+
 class ModelScorerSettings(BaseModel):
     """A scalar-head model."""
 
@@ -42,6 +57,13 @@ class ModelScorerSettings(BaseModel):
 
     model: str = Field(min_length=1, description="Checkpoint folder in Hugging Face layout, or hub id.")
     revision: str | None = Field(default=None, description="Hub revision. Default: the newest.")
+    backend: Literal["torch", "vllm"] = Field(
+        default="torch",
+        description="What runs it: torch, or vLLM's pooling runner, in a process of its own. Raw scores are the same.",
+    )
+    vllm: VllmBackendSettings = Field(
+        default_factory=VllmBackendSettings, description="For the vllm backend; the other one ignores it."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="What the model computes in. Default: the dtype of the checkpoint."
     )
@@ -226,6 +248,10 @@ class RewardSettings(ServerSettings):
             if unknown:
                 raise ValueError(f"scorers.{name}.ensemble: has {unknown[0]!r}, allowed: {', '.join(allowed)}")
         return self
+
+    def uses_vllm(self) -> bool:
+        """Whether any scorer runs on vLLM."""
+        return any(getattr(scorer, "backend", None) == "vllm" for scorer in self.named_scorers().values())
 
     def named_scorers(self) -> dict[str, ModelScorerSettings | FunctionScorerSettings | EnsembleSettings]:
         """All scorers by name, however they were given."""

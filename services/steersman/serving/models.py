@@ -166,11 +166,16 @@ def sequence_limit(config: Any, asked: int | None) -> int:
 
 def eos_token_ids(model: Any) -> tuple[int, ...]:
     """Ids that end a response, as the generation settings of the model say, else its configuration."""
-    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, list | tuple) else (int(found),)
-    return ()
+    stated = getattr(model, "generation_config", None)
+    return config_eos_token_ids(stated) or config_eos_token_ids(model.config.get_text_config())
+
+
+def config_eos_token_ids(config: Any) -> tuple[int, ...]:
+    """Ids that end a response, as one configuration says."""
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
 def pad_token_id(config: Any) -> int:

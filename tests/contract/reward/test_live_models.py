@@ -420,6 +420,9 @@ class GatedEngine:
         self.gate = threading.Event()
         self.num_scored = 0
 
+    def close(self) -> None:
+        pass
+
     def score(self, rows: Sequence[np.ndarray]) -> list[float]:
         self.entered.release()
         assert self.gate.wait(TIMEOUT)

@@ -371,6 +371,9 @@ class GatedEngine:
         self.gate = threading.Event()
         self.batches: list[list[int]] = []
 
+    def close(self) -> None:
+        pass
+
     def score(self, rows: Sequence[np.ndarray]) -> list[float]:
         self.batches.append([int(row[0]) for row in rows])
         self.entered.release()

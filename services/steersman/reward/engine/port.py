@@ -40,6 +40,29 @@ class ScoreEngine(Protocol):
         """Whether what rows of a call begin with in common is computed once, and nothing is padded."""
         ...
 
+    def close(self) -> None:
+        """Frees what outlives the object; nothing is scored after it. Blocks."""
+        ...
+
     def score(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         """The raw score of each row of token ids, in order. Values are not checked: a broken model gives NaN."""
+        ...
+
+
+class LoadedEngine(ScoreEngine, Protocol):
+    """An engine as its backend loads it, with what is asked of it once."""
+
+    @property
+    def encoding(self) -> str | None:
+        """How the model was trained to see text, if it says so: see `steersman.reward.text`."""
+        ...
+
+    @property
+    def device_type(self) -> str:
+        """Kind of torch device: "cpu", "cuda", ..."""
+        ...
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of its weights."""
         ...

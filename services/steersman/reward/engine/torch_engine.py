@@ -57,6 +57,7 @@ class TorchScoreEngine:
         self.encoding: str | None = getattr(model.config, "reward_encoding", None)
         self._classifier = model.eval()
         self.device = next(model.parameters()).device
+        self.device_type: str = self.device.type
         self.parameter_bytes: int = sum(parameter.nbytes for parameter in model.parameters())
         self._pad_id = pad_token_id(model.config)
         head = getattr(model, "score", None)
@@ -90,6 +91,9 @@ class TorchScoreEngine:
         if self.shares_prefixes:
             return self._score_packed(rows)
         return self._score_last_token(rows) if self._reads_last_token else self._score_by_model(rows)
+
+    def close(self) -> None:
+        """See `ScoreEngine.close`: the weights go with the object."""
 
     def _score_packed(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         pack = pack_rows(rows)
