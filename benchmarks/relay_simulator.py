@@ -39,7 +39,8 @@ class Costs:
         forward_s: a chunk at a replica, for each replica that it is passed on to.
         hop_s: from the start of a stream at a replica to its start at the next, and the answer back.
         begin_s: of a publication, before chunks flow.
-        verify_s_per_byte: the digest over the complete weights, after the last chunk.
+        verify_s_per_byte: the digest over the complete weights: at the trainer before the first chunk, at each replica
+            after the last.
         activate_s: from staged to active.
         encode_s_per_byte: of dense weights, finding and coding what has changed, on all threads that do it.
         apply_s_per_byte: of dense weights, applying that.
@@ -86,11 +87,11 @@ def predict(routes: Sequence[Node[int]], load: Load, costs: Costs, network: Netw
     """Time of one publication along `routes`, all of which begin at the trainer at once."""
     num_replicas = sum(1 for route in routes for _ in route.walk())
     streamed = _flow(routes, load, costs, network)
-    verify = load.dense_bytes * costs.verify_s_per_byte
+    verified = once = load.dense_bytes * costs.verify_s_per_byte
     if network.shared_cores is not None:
         streamed = max(streamed, _work(routes, num_replicas, load, costs) / network.shared_cores)
-        verify *= max(1.0, num_replicas / network.shared_cores)
-    seconds = costs.begin_s + streamed + verify + costs.activate_s
+        verified *= max(1.0, num_replicas / network.shared_cores)
+    seconds = costs.begin_s + once + streamed + verified + costs.activate_s
     return Prediction(seconds=seconds, trainer_bytes=load.wire_bytes * len(routes))
 
 

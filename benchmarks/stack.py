@@ -18,11 +18,14 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """One server: its settings as in its YAML file, and variables of its environment."""
+    """One server: its settings as in its YAML file, and variables of its environment. `program`: which one, where its
+    name does not say so (several of a kind).
+    """
 
     name: str
     settings: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
+    program: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,13 @@ def running(services: Sequence[Service], directory: Path) -> Iterator[Running]:
         path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         arguments = ["--config", str(path)]
         specs.append(
-            ServiceSpec.of(service.name, arguments, address=f"127.0.0.1:{port}", environment=service.environment)
+            ServiceSpec.of(
+                service.program or service.name,
+                arguments,
+                address=f"127.0.0.1:{port}",
+                name=service.name,
+                environment=service.environment,
+            )
         )
     with ExitStack() as stack:
         logs = {
