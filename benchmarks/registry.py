@@ -61,6 +61,17 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         },
     ),
     Benchmark(
+        name="activation",
+        module="benchmarks.activation",
+        targets={
+            "activation_pause_decode_steps": Target(
+                what="worst pause of generation at a change of weights, in decode steps: CPU engine, 64 running "
+                "requests, none of which is disturbed",
+                at_most=10.0,
+            ),
+        },
+    ),
+    Benchmark(
         name="ppo",
         module="benchmarks.ppo",
         targets={
