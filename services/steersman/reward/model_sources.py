@@ -8,7 +8,9 @@ from steersman.wire.errors import Reason, SteersmanError, invalid_field
 
 
 def check_source(source: str, revision: str, settings: LiveModelsSettings) -> str:
-    """The folder or hub id that a caller's `source` means. A relative folder is looked for below each root.
+    """The folder or hub id that a caller's `source` means.
+
+    A relative folder is looked for below each root, and from where the server was started.
 
     Links are followed before the folder is compared with the roots. Raises PERMISSION_DENIED for what the settings do
     not allow, whether it exists or not, and INVALID_FIELD for an allowed folder without a model in safetensors files.
@@ -31,17 +33,17 @@ def check_source(source: str, revision: str, settings: LiveModelsSettings) -> st
 
 
 def _below_a_root(source: str, roots: list[Path]) -> Path | None:
+    """The folder below a root, if there is one; else where below a root it would be; None for outside of all."""
     if not source or "\0" in source:
         return None
-    found = None
-    for root in roots:
-        home = root.expanduser().resolve()
-        folder = (home / source).resolve()
-        if folder.is_relative_to(home) and folder != home:
-            found = folder if found is None or folder.is_dir() else found
-            if found.is_dir():
-                break
-    return found
+    homes = [root.expanduser().resolve() for root in roots]
+    folders = [
+        folder
+        for home in homes
+        for folder in ((home / source).resolve(), Path(source).resolve())
+        if folder.is_relative_to(home) and folder != home
+    ]
+    return next((folder for folder in folders if folder.is_dir()), folders[0] if folders else None)
 
 
 def _looks_like_hub_id(source: str) -> bool:
