@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from steersman.policy.engine.port import SampleDelta
-from steersman.policy.weights.store import Switch
+from steersman.policy.weights.records import Switch
 from steersman.serving.metrics import Metrics
 
 _PAUSE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)

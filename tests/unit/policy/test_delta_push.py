@@ -21,7 +21,8 @@ from delta_fakes import (
 from policy_fakes import FakeEngine
 
 from steersman.policy.engine.port import KvCachePolicy
-from steersman.policy.weights.store import BeginRequest, WeightStore
+from steersman.policy.weights.records import BeginRequest
+from steersman.policy.weights.store import WeightStore
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
 from steersman.wire.weights.chunks import DeltaOptions, Encoding

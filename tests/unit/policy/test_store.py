@@ -18,7 +18,8 @@ from policy_fakes import (
 
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.weights.push import Phase
-from steersman.policy.weights.store import BeginRequest, Switch, WeightStore
+from steersman.policy.weights.records import BeginRequest, Switch
+from steersman.policy.weights.store import WeightStore
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
 

@@ -10,8 +10,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.metrics import PolicyMetrics
+from steersman.policy.weights.records import DEFAULT_IDLE_TIMEOUT_S, BeginRequest, Snapshot
 from steersman.policy.weights.relay import Relay
-from steersman.policy.weights.store import DEFAULT_IDLE_TIMEOUT_S, BeginRequest, Snapshot, WeightStore
+from steersman.policy.weights.store import WeightStore
 from steersman.v1 import weights_pb2, weights_pb2_grpc
 from steersman.wire.convert import version_from_proto, version_to_proto
 from steersman.wire.errors import invalid_field

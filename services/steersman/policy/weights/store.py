@@ -4,43 +4,36 @@
 
 Invariants:
 
-- until `activate` succeeds the old weights serve, and what failed leaves their host copy and digest as they
-were;
+- until `activate` succeeds the old weights serve, and what failed leaves their host copy and digest as they were;
 - one push at a time; only the job that opened it may open another in its place, by the same attempt or a later one, or
   anyone once it has been idle for longer than it said;
 - a version never gives way to an older one of its job (`WeightVersion.is_stale_against`);
 - the engine is asked to load only weights whose manifest and digest were checked here;
 - `stage`, `activate` and `rollback` run to their end even if the caller goes away.
 
-There are two host copies. They change places at activation, so the copy of the version before stays until
-the next push begins, and so does the chance to roll back.
+There are two host copies. They change places at activation, so the copy of the version before stays until the next push
+begins, and so does the chance to roll back.
 """
 
 import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine, KvCachePolicy, WeightLoadError
-from steersman.policy.weights.manifest import HostManifest, TensorSpec, digest
+from steersman.policy.weights.manifest import HostManifest, digest
 from steersman.policy.weights.memory import HostCopy
 from steersman.policy.weights.push import Phase, Push
+from steersman.policy.weights.records import BeginRequest, Snapshot, Switch, check_digest
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
 from steersman.wire.identity import WeightVersion
-from steersman.wire.weights.digest import DIGEST_BYTES
 from steersman.wire.weights.messages import Chunk
 
 _LOG = logging.getLogger(__name__)
-
-DEFAULT_IDLE_TIMEOUT_S: Final = 60.0
-MIN_IDLE_TIMEOUT_S: Final = 1.0
-MAX_IDLE_TIMEOUT_S: Final = 3600.0
-_MAX_RUN_ID_CHARS: Final = 128
 
 T = TypeVar("T")
 
@@ -53,39 +46,6 @@ class WeightSource(Protocol):
     def read_into(self, copy: memoryview) -> None:
         """Fills a host copy."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A version, the digest of all its weights, and when it became active (seconds since the epoch)."""
-
-    version: WeightVersion
-    digest: bytes
-    activated_at: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BeginRequest:
-    """What a push announces. `base_version` is what deltas apply to, and what a partial push leaves unsaid; `digest`
-    may be empty.
-    """
-
-    version: WeightVersion
-    tensors: Sequence[TensorSpec]
-    base_version: WeightVersion | None = None
-    partial: bool = False
-    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
-    digest: bytes = b""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Switch:
-    """How an activation or a rollback went. `push_s` is the time since its push began, for activations."""
-
-    active: Snapshot
-    pause_s: float = 0.0
-    num_running_requests: int = 0
-    push_s: float | None = None
 
 
 class WeightStore:
@@ -123,14 +83,12 @@ class WeightStore:
     async def begin(self, request: BeginRequest) -> str | None:
         """Opens a push and returns its id; None if the version is active already.
 
-        Raises WEIGHT_VERSION_STALE, WEIGHT_BASE_MISMATCH, WEIGHT_MANIFEST_MISMATCH,
-        WEIGHT_PUSH_IN_PROGRESS, or INVALID_FIELD.
+        Raises WEIGHT_VERSION_STALE, WEIGHT_BASE_MISMATCH, WEIGHT_MANIFEST_MISMATCH, WEIGHT_PUSH_IN_PROGRESS, or
+        INVALID_FIELD.
         """
         async with self._lock:
             version = request.version
-            _check_version(version)
-            if request.digest:
-                _check_digest(request.digest)
+            request.check()
             if version == self.active.version:
                 self._require_same_digest(request)
                 return None
@@ -139,9 +97,6 @@ class WeightStore:
                     Reason.WEIGHT_VERSION_STALE,
                     f"version {version} is older than {self.active.version}, which is active",
                 )
-            if not MIN_IDLE_TIMEOUT_S <= request.idle_timeout_s <= MAX_IDLE_TIMEOUT_S:
-                allowed = f"[{MIN_IDLE_TIMEOUT_S:g} s, {MAX_IDLE_TIMEOUT_S:g} s]"
-                raise invalid_field("idle_timeout", f"{request.idle_timeout_s:g} s", allowed)
             self._check_base(request)
             self.manifest.require_same(request.tensors)
             self._require_free(version)
@@ -172,10 +127,10 @@ class WeightStore:
     async def stage(self, push_id: str, expected: bytes) -> Snapshot:
         """Verifies the complete weights and prepares them in the engine. Staging twice changes nothing.
 
-        Raises WEIGHTS_INCOMPLETE (the push stays open), WEIGHT_DIGEST_MISMATCH or WEIGHT_ACTIVATION_FAILED
-        (it is gone).
+        Raises WEIGHTS_INCOMPLETE (the push stays open), WEIGHT_DIGEST_MISMATCH or WEIGHT_ACTIVATION_FAILED (it is
+        gone).
         """
-        _check_digest(expected)
+        check_digest(expected)
         return await self._to_the_end(self._stage(push_id, expected))
 
     async def activate(self, version: WeightVersion, kv_cache: KvCachePolicy | None = None) -> Switch:
@@ -188,8 +143,7 @@ class WeightStore:
     async def rollback(self, version: WeightVersion, kv_cache: KvCachePolicy | None = None) -> Switch:
         """Switches back to `version`, which must be the previous one; does nothing if it is active.
 
-        Raises WEIGHT_VERSION_STALE if there is no way back to it, WEIGHT_ACTIVATION_FAILED if the engine
-        refuses.
+        Raises WEIGHT_VERSION_STALE if there is no way back to it, WEIGHT_ACTIVATION_FAILED if the engine refuses.
         """
         return await self._to_the_end(self._rollback(version, kv_cache or self._kv_cache))
 
@@ -378,17 +332,6 @@ class _engine_errors:  # noqa: N801 (reads as a statement)
             raise SteersmanError(Reason.WEIGHT_ACTIVATION_FAILED, message) from error
         if isinstance(error, EngineDeadError):
             raise unavailable("the engine died") from error
-
-
-def _check_version(version: WeightVersion) -> None:
-    run_id = version.run_id
-    if not 0 < len(run_id) <= _MAX_RUN_ID_CHARS or not run_id.isprintable():
-        raise invalid_field("version.run_id", run_id, f"1 to {_MAX_RUN_ID_CHARS} printable characters")
-
-
-def _check_digest(digest: bytes) -> None:
-    if len(digest) != DIGEST_BYTES:
-        raise invalid_field("digest", f"{len(digest)} bytes", f"{DIGEST_BYTES} bytes")
 
 
 def _digest_mismatch(version: WeightVersion, found: bytes, expected: bytes) -> SteersmanError:
