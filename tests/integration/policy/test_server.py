@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import grpc
@@ -136,7 +137,12 @@ def assert_sampled_from(models: list[PreTrainedModel], sample: Sample, temperatu
     assert (expected - torch.tensor(sample.logprobs)).abs().max() < TOLERANCE
 
 
-async def push(channel: grpc.aio.Channel, folder: Path, step: int) -> weights_pb2.ActivateResponse:
+async def push(
+    channel: grpc.aio.Channel,
+    folder: Path,
+    step: int,
+    kv_cache: weights_pb2.KvCachePolicy = weights_pb2.KV_CACHE_POLICY_RECOMPUTE,
+) -> weights_pb2.ActivateResponse:
     """Sends the checkpoint in `folder` and activates it as `step` of run "run"."""
     stub = weights_pb2_grpc.WeightServiceStub(channel)
     checkpoint = Checkpoint(folder)
@@ -173,7 +179,7 @@ async def push(channel: grpc.aio.Channel, folder: Path, step: int) -> weights_pb
     found = digest(checkpoint.manifest, copy)
     await stub.Stage(weights_pb2.StageRequest(push_id=begun.push_id, digest=found), timeout=CALL_S)
     return await stub.Activate(
-        weights_pb2.ActivateRequest(version=version, kv_cache_policy=weights_pb2.KV_CACHE_POLICY_RECOMPUTE),
+        weights_pb2.ActivateRequest(version=version, kv_cache_policy=kv_cache),
         timeout=CALL_S,
     )
 
@@ -284,6 +290,39 @@ async def test_a_live_push_is_exact_for_every_token(
     await rollback(channel)
     (returned,) = await generate(channel, [7, 8, 9], max_tokens=20, temperature=0, ignore_eos=True)
     assert (returned.tokens, returned.logprobs) == (before.tokens, before.logprobs)
+
+
+async def test_blocks_made_by_other_weights_are_not_found_again(
+    channel: grpc.aio.Channel, folders: list[Path], models: list[PreTrainedModel]
+) -> None:
+    # Long enough for whole blocks in the prefix cache, which KEEP does not clear.
+    prompt = [5 + position % 60 for position in range(130)]
+
+    async def probe() -> Sample:
+        (sample,) = await generate(channel, prompt, max_tokens=8, temperature=0, ignore_eos=True)
+        return sample
+
+    def run_on() -> asyncio.Task[list[Sample]]:
+        return asyncio.create_task(generate(channel, prompt, max_tokens=380, ignore_eos=True))
+
+    through_push = run_on()
+    before = await probe()
+    assert_sampled_from(models, before, 1.0)
+    activation = await push(channel, folders[1], 2, weights_pb2.KV_CACHE_POLICY_KEEP)
+    assert activation.num_running_requests == 1
+    through_rollback = run_on()
+    after = await probe()
+    assert set(after.steps) == {2}
+    assert_sampled_from([models[0], models[0], models[1]], after, 1.0)
+    await rollback(channel)
+    returned = await probe()
+    assert (returned.tokens, returned.steps) == (before.tokens, [0] * 8)
+    assert_sampled_from(models, returned, 1.0)
+    for running, versions in ((through_push, ([0, 2], [0, 2, 0])), (through_rollback, ([2, 0],))):
+        (sample,) = await running
+        assert sample.finish_reason == policy_pb2.FINISH_REASON_LENGTH
+        assert len(sample.steps) == 380
+        assert [step for step, _ in groupby(sample.steps)] in versions
 
 
 def test_a_missing_checkpoint_is_said_at_once(tmp_path: Path) -> None:
