@@ -6,6 +6,7 @@ from steersman.reward.settings import RewardSettings
 from steersman.serving import vllm_environment
 from steersman.serving.app import main
 from steersman.serving.metrics import Metrics
+from steersman.serving.server import make_gate
 from steersman.serving.service import Service
 
 
@@ -26,7 +27,11 @@ async def build(settings: RewardSettings, metrics: Metrics) -> Service:
     from steersman.reward.http.server import start_http
 
     app = make_app(
-        handler, metrics, max_body_bytes=settings.max_message_bytes, timeout_seconds=settings.http_timeout_seconds
+        handler,
+        metrics,
+        make_gate(settings),
+        max_body_bytes=settings.max_message_bytes,
+        timeout_seconds=settings.http_timeout_seconds,
     )
     http = await start_http(
         app,
@@ -34,6 +39,7 @@ async def build(settings: RewardSettings, metrics: Metrics) -> Service:
         port=settings.http_port,
         max_concurrent_calls=settings.max_concurrent_rpcs,
         grace_seconds=settings.grace_seconds,
+        tls=settings.tls,
     )
     return RewardService(handler, manager, http)
 

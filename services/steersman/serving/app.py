@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from steersman.serving import logging as serving_logging
 from steersman.serving.metrics import Metrics
-from steersman.serving.server import check_port, start_server
+from steersman.serving.server import check_credentials, check_port, start_server
 from steersman.serving.service import Service
 from steersman.serving.settings import ServerSettings, SettingsError
 from steersman.wire.errors import SteersmanError
@@ -52,11 +52,13 @@ def run(name: str, settings: SettingsT, build: Build[SettingsT]) -> int:
 
 async def _serve(name: str, settings: SettingsT, build: Build[SettingsT]) -> int:
     check_port(settings.host, settings.port)
+    check_credentials(settings)
     metrics = Metrics(name)
     endpoint = None
     if settings.metrics_port is not None:
         check_port(settings.host, settings.metrics_port)
-        endpoint = metrics.serve(settings.host, settings.metrics_port)
+        tls = None if settings.metrics_in_clear else settings.tls
+        endpoint = metrics.serve(settings.host, settings.metrics_port, tls)
     try:
         service = await build(settings, metrics)
         server = await start_server(service, settings, metrics)

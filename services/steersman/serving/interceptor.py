@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
 from typing import Any, Final, TypeAlias, cast
 
 import grpc
@@ -18,6 +18,9 @@ from google.protobuf.message import DecodeError
 
 from steersman.serving.logging import request_id
 from steersman.serving.metrics import Metrics
+from steersman.serving.security.access import bearer_token
+from steersman.serving.security.gate import Gate
+from steersman.serving.security.tls import certificate_names
 from steersman.wire.errors import Code, Reason, SteersmanError, invalid_field
 from steersman.wire.status import DETAILS_TRAILER, encode_details
 
@@ -36,8 +39,9 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the methods that servicers of ours answer; health and reflection pass as they are."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, gate: Gate) -> None:
         self._metrics = metrics
+        self._gate = gate
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -47,13 +51,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         if handler is None or method.startswith(_FOREIGN):
             return cast(Handler, handler)
-        name = method.rpartition("/")[2]
         if handler.response_streaming:
             inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            behaviour: Any = self._wrap_stream(name, inner)
+            behaviour: Any = self._wrap_stream(method, inner)
         else:
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-            behaviour = self._wrap_unary(name, inner)
+            behaviour = self._wrap_unary(method, inner)
         kind = (
             ("stream" if handler.request_streaming else "unary")
             + "_"
@@ -80,15 +83,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return call
 
     @asynccontextmanager
-    async def _around(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-        identifier = _request_id(context)
+    async def _around(self, path: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+        method = path.rpartition("/")[2]
+        identifier = accept_request_id(_metadata(context, REQUEST_ID_KEY))
         token = request_id.set(identifier)
         in_flight = self._metrics.rpc_in_flight.labels(method)
         in_flight.inc()
         start = time.perf_counter()
         code = Code.OK
         try:
-            yield
+            with self._admit(path, context):
+                yield
             context.set_trailing_metadata(((REQUEST_ID_KEY, identifier),))
         except (asyncio.CancelledError, GeneratorExit):
             code = Code.CANCELLED
@@ -108,6 +113,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._metrics.rpc_seconds.labels(method, code.name).observe(elapsed)
             logger.debug("call", extra={"method": method, "code": code.name, "seconds": round(elapsed, 6)})
             _reset(token)
+
+    def _admit(self, path: str, context: grpc.aio.ServicerContext[Any, Any]) -> AbstractContextManager[str]:
+        return self._gate.admit(
+            path,
+            token=bearer_token(_metadata(context, "authorization")),
+            certificate_names=certificate_names(context.auth_context()),
+            address=_host(context.peer()),
+        )
 
 
 class _Undecodable:
@@ -159,9 +172,17 @@ def accept_request_id(given: str | None) -> str:
     return given if given is not None and _VALID_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:16]
 
 
-def _request_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    given = [value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY]
-    return accept_request_id(given[0] if given and isinstance(given[0], str) else None)
+def _metadata(context: grpc.aio.ServicerContext[Any, Any], key: str) -> str | None:
+    """The first value of a key that the caller sent."""
+    for found, value in context.invocation_metadata() or ():
+        if found == key and isinstance(value, str):
+            return value
+    return None
+
+
+def _host(peer: str) -> str:
+    """The address of a peer (`ipv4:10.0.0.1:4711`) without its port, which each connection has anew."""
+    return peer.rpartition(":")[0]
 
 
 def _reset(token: Any) -> None:

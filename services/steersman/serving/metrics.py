@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.registry import Collector
+
+from steersman.serving.security.tls import TlsSettings
 
 # From a scoring of one short text on a GPU to a long generation on a CPU.
 LATENCY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -48,9 +50,14 @@ class Metrics:
         """Adds a collector that computes its values when it is read."""
         self.registry.register(collector)
 
-    def serve(self, host: str, port: int) -> "MetricsEndpoint":
-        """Serves the registry over HTTP; port 0 takes a free one. OSError if the port is in use."""
-        server, thread = start_http_server(port, addr=host, registry=self.registry)
+    def serve(self, host: str, port: int, tls: TlsSettings | None = None) -> "MetricsEndpoint":
+        """Serves the registry over HTTP, or HTTPS with `tls`; port 0 takes a free one. OSError if it is in use."""
+        secured: dict[str, Any] = {}
+        if tls is not None:
+            secured = {"certfile": str(tls.certificate), "keyfile": str(tls.private_key)}
+            if tls.client_ca is not None:
+                secured |= {"client_cafile": str(tls.client_ca), "client_auth_required": True}
+        server, thread = start_http_server(port, addr=host, registry=self.registry, **secured)
 
         def close() -> None:
             server.shutdown()

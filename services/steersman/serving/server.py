@@ -18,6 +18,9 @@ from grpc_reflection.v1alpha import reflection
 
 from steersman.serving.interceptor import CallInterceptor
 from steersman.serving.metrics import Metrics
+from steersman.serving.security.access import AccessList
+from steersman.serving.security.gate import Gate
+from steersman.serving.security.tls import ServerCertificates
 from steersman.serving.service import EngineDead, Service
 from steersman.serving.settings import ServerSettings
 from steersman.wire.limits import MIB
@@ -153,8 +156,23 @@ class RunningServer:
         return True
 
 
+def check_credentials(settings: ServerSettings) -> None:
+    """Raises ValueError for a file of credentials that cannot be used; said before a model is loaded for nothing."""
+    make_gate(settings)
+    if settings.tls is not None:
+        ServerCertificates(settings.tls)
+
+
+def make_gate(settings: ServerSettings) -> Gate:
+    """The gate of a server. Raises ValueError for an `access_file` that cannot be used."""
+    access = AccessList(settings.access_file) if settings.access_file is not None else None
+    return Gate(access, settings.max_concurrent_rpcs_per_caller)
+
+
 async def start_server(service: Service, settings: ServerSettings, metrics: Metrics) -> RunningServer:
-    """Starts to listen. The engine behind `service` must be ready. Raises `PortInUse`."""
+    """Starts to listen. The engine behind `service` must be ready. Raises `PortInUse`, or ValueError for a file of
+    credentials that cannot be used.
+    """
     options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -168,8 +186,9 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+    gate = make_gate(settings)
     server = grpc.aio.server(
-        interceptors=[CallInterceptor(metrics)],
+        interceptors=[CallInterceptor(metrics, gate)],
         options=options,
         maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
     )
@@ -179,7 +198,11 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     check_port(settings.host, settings.port)
-    port = server.add_insecure_port(f"{host}:{settings.port}")
+    address = f"{host}:{settings.port}"
+    if settings.tls is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, ServerCertificates(settings.tls).credentials())
     await server.start()
     return RunningServer(
         server,

@@ -22,6 +22,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from steersman.serving.security.tls import TlsSettings
 from steersman.wire.limits import MAX_MESSAGE_BYTES
 
 ENV_PREFIX = "STEERSMAN_"
@@ -45,7 +46,9 @@ class ServerSettings(BaseSettings):
         protected_namespaces=(),
     )
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Beyond loopback needs --insecure.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Beyond loopback needs credentials: see tls and access_file."
+    )
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 takes a free one, none is off."
@@ -59,6 +62,16 @@ class ServerSettings(BaseSettings):
     )
     max_concurrent_rpcs: int = Field(
         2048, ge=1, description="Calls in flight at once; more are refused with RESOURCE_EXHAUSTED."
+    )
+    max_concurrent_rpcs_per_caller: int | None = Field(
+        None, ge=1, description="Calls of one caller in flight at once; none is no bound of its own."
+    )
+    tls: TlsSettings | None = Field(None, description="TLS for every port of the server; none is in the clear.")
+    metrics_in_clear: bool = Field(
+        False, description="Serve metrics without TLS all the same, for a scraper that cannot; they hold no content."
+    )
+    access_file: Path | None = Field(
+        None, description="YAML file of the callers, their tokens or certificates, and their roles; none lets all in."
     )
     insecure: bool = Field(False, description="Listen beyond loopback without credentials.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log level.")
@@ -76,9 +89,15 @@ class ServerSettings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _beyond_loopback_is_asked_for(self) -> Self:
-        if not ipaddress.ip_address(self.host).is_loopback and not self.insecure:
-            raise ValueError(f"host {self.host} is reachable from outside; allowed without --insecure: 127.0.0.1, ::1")
+    def _beyond_loopback_takes_credentials(self) -> Self:
+        if ipaddress.ip_address(self.host).is_loopback or self.insecure:
+            return self
+        knows_callers = self.access_file is not None or (self.tls is not None and self.tls.client_ca is not None)
+        if self.tls is None or not knows_callers:
+            raise ValueError(
+                f"host {self.host} is reachable from outside; allowed: with tls and either access_file or "
+                "tls.client_ca; on 127.0.0.1 or ::1; or with --insecure, where something else guards it"
+            )
         return self
 
     @classmethod

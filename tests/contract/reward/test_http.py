@@ -19,6 +19,7 @@ from steersman.reward.http.server import HttpServer, start_http
 from steersman.reward.plugin import ScorerInput
 from steersman.reward.settings import FunctionScorerSettings
 from steersman.serving.metrics import Metrics
+from steersman.serving.security.gate import Gate
 from steersman.serving.server import PortInUse
 
 MAX_BODY = 4096
@@ -81,7 +82,7 @@ async def front() -> AsyncIterator[Front]:
         for name, function in functions.items()
     }
     handler, metrics = RewardHandler(scorers, "length"), Metrics("reward")
-    app = make_app(handler, metrics, max_body_bytes=MAX_BODY, timeout_seconds=2.0)
+    app = make_app(handler, metrics, Gate(), max_body_bytes=MAX_BODY, timeout_seconds=2.0)
     server = await start_http(app, host="127.0.0.1", port=0, max_concurrent_calls=16, grace_seconds=5)
     yield Front(server, metrics, release)
     release.set()

@@ -29,6 +29,8 @@ from steersman.reward.types import ItemScore, Score, ScoreItem
 from steersman.serving.interceptor import REQUEST_ID_KEY, accept_request_id, translate
 from steersman.serving.logging import request_id
 from steersman.serving.metrics import Metrics
+from steersman.serving.security.access import bearer_token
+from steersman.serving.security.gate import Gate
 from steersman.wire.errors import Code, Reason, SteersmanError, invalid_field
 from steersman.wire.limits import MAX_BATCH_ITEMS
 
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 DIALECTS: Final[Sequence[Dialect]] = (openrlhf.DIALECT, slime.DIALECT, vllm.DIALECT, nemo_gym.DIALECT)
 
+_SCORE: Final = "/steersman.v1.RewardService/Score"
+_LIST: Final = "/steersman.v1.RewardService/ListScorers"
 # Between two looks whether the caller of a running call is still there.
 _LOOK_SECONDS: Final = 0.5
 
@@ -43,23 +47,30 @@ Answer = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
 
-def make_app(handler: RewardHandler, metrics: Metrics, *, max_body_bytes: int, timeout_seconds: float) -> Starlette:
+def make_app(
+    handler: RewardHandler, metrics: Metrics, gate: Gate, *, max_body_bytes: int, timeout_seconds: float
+) -> Starlette:
     """Every dialect on its path, `GET /health` and `GET /scorers`.
+
+    `gate` knows callers by `Authorization: Bearer TOKEN`; health is for all.
 
     Bodies beyond `max_body_bytes` are refused (413); calls that take longer than `timeout_seconds` end (504), and their
     items with them. `?scorer=NAME` on any path names a scorer.
     """
-    front = _Front(handler, metrics, max_body_bytes, timeout_seconds)
+    front = _Front(handler, metrics, gate, max_body_bytes, timeout_seconds)
     routes = [Route(dialect.path, front.scoring(dialect), methods=["POST"]) for dialect in DIALECTS]
     routes.append(Route("/health", front.health, methods=["GET"]))
-    routes.append(Route("/scorers", front.scorers, methods=["GET"]))
+    routes.append(Route("/scorers", front.listing(), methods=["GET"]))
     return Starlette(routes=routes)
 
 
 class _Front:
-    def __init__(self, handler: RewardHandler, metrics: Metrics, max_body_bytes: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, handler: RewardHandler, metrics: Metrics, gate: Gate, max_body_bytes: int, timeout_seconds: float
+    ) -> None:
         self._handler = handler
         self._metrics = metrics
+        self._gate = gate
         self._max_body_bytes = max_body_bytes
         self._timeout_seconds = timeout_seconds
 
@@ -76,7 +87,7 @@ class _Front:
             values = [score.outcome for score in scores if isinstance(score.outcome, Score)]
             return JSONResponse(dialect.write(replace(call, scorer=scores[0].scorer), values))
 
-        return self._around(f"POST {dialect.path}", score)
+        return self._around(f"POST {dialect.path}", _SCORE, score)
 
     async def health(self, request: Request) -> Response:
         """200 while the scorers can score."""
@@ -86,8 +97,11 @@ class _Front:
             return JSONResponse({"status": "unavailable", "why": str(error)[:200]}, 503)
         return JSONResponse({"status": "ok"})
 
-    async def scorers(self, request: Request) -> Response:
-        """Names of the scorers."""
+    def listing(self) -> Answer:
+        """The endpoint that names the scorers."""
+        return self._around("GET /scorers", _LIST, self._list)
+
+    async def _list(self, request: Request) -> Response:
         return JSONResponse(
             {
                 "scorers": [
@@ -114,12 +128,20 @@ class _Front:
             tasks = [group.create_task(self._handler.score(part, call.options)) for part in parts]
         return [score for task in tasks for score in task.result()]
 
-    def _around(self, method: str, inner: Answer) -> Answer:
+    def _around(self, method: str, like: str, inner: Answer) -> Answer:
+        """What happens around every call; `like` is the gRPC method that asks for the same role."""
+
         async def answer(request: Request) -> Response:
             identifier = accept_request_id(request.headers.get(REQUEST_ID_KEY))
             async with self._observed(method, identifier) as outcome:
                 try:
-                    response = await inner(request)
+                    with self._gate.admit(
+                        like,
+                        token=bearer_token(request.headers.get("authorization")),
+                        certificate_names=(),
+                        address=request.client.host if request.client is not None else "",
+                    ):
+                        response = await inner(request)
                 except ClientDisconnect:
                     outcome.append(Code.CANCELLED)
                     return Response(status_code=HTTP_STATUS[Code.CANCELLED])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.applications import Starlette
 
+from steersman.serving.security.tls import TlsSettings, reloading_context
 from steersman.serving.server import PortInUse, check_port
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,13 @@ class HttpServer:
 
 
 async def start_http(
-    app: Starlette, *, host: str, port: int, max_concurrent_calls: int, grace_seconds: float
+    app: Starlette,
+    *,
+    host: str,
+    port: int,
+    max_concurrent_calls: int,
+    grace_seconds: float,
+    tls: TlsSettings | None = None,
 ) -> HttpServer:
     """Listens; port 0 takes a free one. Beyond `max_concurrent_calls` callers get 503. Raises `PortInUse`."""
     check_port(host, port)
@@ -49,14 +56,17 @@ async def start_http(
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()  # who connects before the server runs waits for it
     except OSError as error:
         listening.close()
         raise PortInUse(f"http_port: cannot listen on {host}:{port}: {error.strerror}") from None
+    context = reloading_context(tls) if tls is not None else None
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
+        ssl_context_factory=(lambda *_: context) if context is not None else None,
         lifespan="off",
         limit_concurrency=max_concurrent_calls,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
