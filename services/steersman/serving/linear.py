@@ -15,17 +15,18 @@ def available() -> bool:
     return has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def speed_up(model: nn.Module) -> int:
+def speed_up(model: nn.Module, kind: type[nn.Linear] | None = None) -> int:
     """Lets the plain float32 linear layers of `model` that are on a CPU compute through oneDNN; returns their number.
 
-    For inference only: the layers have no gradient any more.
+    They become layers of `kind`, a class without a state of its own; names and weights stay. By default
+    `FrozenLinear`, for inference only.
     """
     if not available():
         return 0
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
     for layer in layers:
-        layer.__class__ = FrozenLinear
+        layer.__class__ = kind or FrozenLinear
     return len(layers)
 
 

@@ -6,20 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from steersman.trainer.algorithm.products import matmul_nt, one_dnn_available
+from steersman.serving import linear
+from steersman.trainer.algorithm.products import matmul_nt
 
 
 def speed_up(model: nn.Module) -> int:
-    """Lets every plain float32 `nn.Linear` of `model` on a CPU compute through oneDNN; gives how many. Names and
-    weights stay.
-    """
-    if not one_dnn_available():
-        return 0
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    layers = [layer for layer in layers if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
-    for layer in layers:
-        layer.__class__ = OneDnnLinear
-    return len(layers)
+    """Lets every plain float32 `nn.Linear` of `model` on a CPU compute through oneDNN; gives how many."""
+    return linear.speed_up(model, OneDnnLinear)
 
 
 class OneDnnLinear(nn.Linear):
