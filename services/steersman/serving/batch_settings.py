@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 CPU_BATCH_TOKENS: Final = 4096
 ACCELERATOR_BATCH_TOKENS: Final = 16384
 
+# However slow a model is: smaller batches would cost more time a token.
+MIN_BATCH_TOKENS: Final = 256
+
 
 class BatchingSettings(BaseModel):
     """How items of several callers are put together."""
@@ -17,6 +20,12 @@ class BatchingSettings(BaseModel):
 
     max_batch_tokens: int | None = Field(
         default=None, ge=1, description="Padded tokens of one batch. Default: 4096 on a CPU, 16384 on an accelerator."
+    )
+    max_batch_ms: float | None = Field(
+        default=None,
+        gt=0,
+        description="Time that one batch, and so an interactive item's wait, should take at most: a batch holds fewer "
+        "tokens where the model has turned out to be too slow. Default: no such bound.",
     )
     max_batch_items: int = Field(default=256, ge=1, description="Items of one batch.")
     max_queue_items: int = Field(default=8192, ge=1, description="Waiting items; more are refused (QUEUE_FULL).")
@@ -33,6 +42,13 @@ class BatchingSettings(BaseModel):
         """The same with its defaults filled in for a kind of torch device ("cpu", "cuda", ...)."""
         default = CPU_BATCH_TOKENS if device_type == "cpu" else ACCELERATOR_BATCH_TOKENS
         return self.model_copy(update={"max_batch_tokens": self.max_batch_tokens or default})
+
+    def at_speed(self, tokens_per_s: float | None) -> "BatchingSettings":
+        """The same with a token budget that keeps to `max_batch_ms` at a speed, None if it is not known yet."""
+        if self.max_batch_ms is None or tokens_per_s is None:
+            return self
+        affordable = max(MIN_BATCH_TOKENS, int(tokens_per_s * self.max_batch_ms / 1000))
+        return self.model_copy(update={"max_batch_tokens": min(self.batch_tokens, affordable)})
 
     @property
     def batch_tokens(self) -> int:

@@ -17,6 +17,7 @@ and only for as many as came together last time: a lone caller is never held bac
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -25,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import Final, Generic, TypeVar
 
 from steersman.serving.arrangement import Arrangement, ByLength, Cut, worth_padding
@@ -122,6 +124,10 @@ def fail_after(future: "asyncio.Future[ResultT]", timeout_s: float) -> None:
     future.add_done_callback(lambda _: timer.cancel())
 
 
+def _smooth(average: float | None, value: float) -> float:
+    return value if average is None else 0.8 * average + 0.2 * value
+
+
 class Batcher(Generic[ItemT, ResultT]):
     """Collects items from many callers and runs them in batches on a thread of its own.
 
@@ -156,6 +162,7 @@ class Batcher(Generic[ItemT, ResultT]):
         # Written by the worker, read by anyone:
         self._busy_since: float | None = None
         self._tokens_per_s: float | None = None
+        self._computed_per_s: float | None = None
         self.num_failures_in_a_row = 0
         self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
         self._thread.start()
@@ -267,6 +274,9 @@ class Batcher(Generic[ItemT, ResultT]):
     # --- the worker thread ---
 
     def _work(self) -> None:
+        # The kernel's name of the thread, which those that OpenMP starts for it inherit: `top -H` tells them apart.
+        with contextlib.suppress(OSError):
+            Path("/proc/thread-self/comm").write_text(f"batcher-{self.name}"[:15])
         try:
             while (batch := self._next_batch()).entries:
                 self._execute(batch)
@@ -282,7 +292,7 @@ class Batcher(Generic[ItemT, ResultT]):
                 if not lane.wave:
                     lane.refill(self._arrangement, WAVE_BATCHES * self._settings.batch_tokens)
                     self._calls_expected, self._calls_waiting = max(1, self._calls_waiting), 0
-                batch = lane.cut(self._arrangement, self._settings)
+                batch = lane.cut(self._arrangement, self._settings.at_speed(self._computed_per_s))
             waiting = self._num_waiting()
         if self._observer is not None:
             self._observer.queue_changed(waiting)
@@ -327,8 +337,9 @@ class Batcher(Generic[ItemT, ResultT]):
         run_s = time.monotonic() - started
         self._busy_since = None
         num_tokens = sum(entry.num_tokens for entry in entries)
-        rate = num_tokens / max(run_s, 1e-6)
-        self._tokens_per_s = rate if self._tokens_per_s is None else 0.8 * self._tokens_per_s + 0.2 * rate
+        num_computed = num_tokens + cut.num_padding_tokens - cut.num_shared_tokens
+        self._tokens_per_s = _smooth(self._tokens_per_s, num_tokens / max(run_s, 1e-6))
+        self._computed_per_s = _smooth(self._computed_per_s, num_computed / max(run_s, 1e-6))
         if self._observer is not None:
             record = BatchRecord(
                 num_items=len(entries),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steersman.serving.batch_metrics import BatchMetrics, BatchRecord
+from steersman.serving.batch_settings import MIN_BATCH_TOKENS
 from steersman.serving.batching import (
     INTERACTIVE_STREAK,
     Batcher,
@@ -80,6 +81,25 @@ def test_the_token_budget_follows_the_device_unless_it_is_set():
     assert BatchingSettings().for_device("cpu").batch_tokens == 4096
     assert BatchingSettings().for_device("cuda").batch_tokens == 16384
     assert BatchingSettings(max_batch_tokens=7).for_device("cuda").batch_tokens == 7
+
+
+def test_a_time_limit_lowers_the_token_budget_of_slow_models():
+    settings = BatchingSettings(max_batch_tokens=4096, max_batch_ms=500)
+    assert settings.at_speed(None).batch_tokens == 4096
+    assert settings.at_speed(100_000).batch_tokens == 4096
+    assert settings.at_speed(2000).batch_tokens == 1000
+    assert settings.at_speed(1).batch_tokens == MIN_BATCH_TOKENS
+    assert BatchingSettings(max_batch_tokens=4096).at_speed(1).batch_tokens == 4096
+
+
+async def test_batches_shrink_to_the_time_limit_once_the_speed_is_known():
+    worker = GatedWorker(is_open=True)
+    # No machine does a batch of the test in a nanosecond.
+    batcher = make(worker, max_batch_tokens=1000, max_batch_ms=1e-6)
+    await batcher.run([0], [1])
+    await batcher.run(list(range(1, 11)), [100] * 10)
+    assert max(len(batch) for batch in worker.batches) == MIN_BATCH_TOKENS // 100
+    await batcher.close()
 
 
 async def test_results_come_in_the_order_of_the_request():
