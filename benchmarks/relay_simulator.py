@@ -77,22 +77,25 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Until the last replica serves the new weights, and what leaves the trainer."""
+    """Until the last replica serves the new weights; processor time of all machines while chunks flow; what leaves the
+    trainer.
+    """
 
     seconds: float
+    cpu_seconds: float
     trainer_bytes: int
 
 
 def predict(routes: Sequence[Node[int]], load: Load, costs: Costs, network: Network) -> Prediction:
     """Time of one publication along `routes`, all of which begin at the trainer at once."""
     num_replicas = sum(1 for route in routes for _ in route.walk())
-    streamed = _flow(routes, load, costs, network)
+    streamed, work = _flow(routes, load, costs, network), _work(routes, num_replicas, load, costs)
     verified = once = load.dense_bytes * costs.verify_s_per_byte
     if network.shared_cores is not None:
-        streamed = max(streamed, _work(routes, num_replicas, load, costs) / network.shared_cores)
+        streamed = max(streamed, work / network.shared_cores)
         verified *= max(1.0, num_replicas / network.shared_cores)
     seconds = costs.begin_s + once + streamed + verified + costs.activate_s
-    return Prediction(seconds=seconds, trainer_bytes=load.wire_bytes * len(routes))
+    return Prediction(seconds=seconds, cpu_seconds=work, trainer_bytes=load.wire_bytes * len(routes))
 
 
 def _flow(routes: Sequence[Node[int]], load: Load, costs: Costs, network: Network) -> float:

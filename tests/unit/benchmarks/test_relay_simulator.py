@@ -98,6 +98,7 @@ def test_a_shared_machine_does_all_the_work() -> None:
     work = 1000 * (0.001 + 7 * 0.003 + 8 * 0.002)
     verify = (1 + 8 / 2) * DENSE.dense_bytes * 1e-9  # here, and then everywhere
     assert seconds(8, Topology.CHAIN, costs=costs, network=network) == pytest.approx(work / 2 + verify)
+    assert result(8, Topology.CHAIN, costs=costs, network=network).cpu_seconds == pytest.approx(work)
 
 
 def test_a_delta_waits_for_its_encoder_and_is_applied_everywhere() -> None:
