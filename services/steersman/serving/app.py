@@ -56,7 +56,7 @@ async def _serve(name: str, settings: SettingsT, build: Build[SettingsT]) -> int
     metrics = Metrics(name)
     endpoint = None
     if settings.metrics_port is not None:
-        check_port(settings.host, settings.metrics_port)
+        check_port(settings.host, settings.metrics_port, field="metrics_port")
         tls = None if settings.metrics_in_clear else settings.tls
         endpoint = metrics.serve(settings.host, settings.metrics_port, tls)
     try:

@@ -39,8 +39,8 @@ class PortInUse(OSError):
     """The address to listen on is taken."""
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises `PortInUse` if the port cannot be listened on; said before a model is loaded for nothing."""
+def check_port(host: str, port: int, *, field: str = "port") -> None:
+    """Raises `PortInUse` naming the setting if it cannot be listened on; said before a model is loaded for nothing."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -48,7 +48,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise PortInUse(f"port: cannot listen on {host}:{port}: {reason}; allowed: a free port, or 0") from None
+            raise PortInUse(f"{field}: cannot listen on {host}:{port}: {reason}; allowed: a free port, or 0") from None
 
 
 class Health(HealthServicer):  # type: ignore[misc]

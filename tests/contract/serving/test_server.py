@@ -266,6 +266,8 @@ async def test_a_port_in_use_is_named() -> None:
         host, _, port = server.address.rpartition(":")
         with pytest.raises(PortInUse, match=rf"{port}.*in use"):
             check_port(host, int(port))
+        with pytest.raises(PortInUse, match="^metrics_port: "):
+            check_port(host, int(port), field="metrics_port")
 
 
 async def test_messages_beyond_the_limit_are_refused() -> None:
