@@ -169,7 +169,7 @@ class GrpcServices:
         self._reference = await enter(AsyncReferenceClient(settings.reference))
         self._reward = await enter(AsyncRewardClient(settings.reward))
         self._publisher = Publisher(
-            lambda target: AsyncWeightClient(target, settings=_ONCE),
+            lambda target: AsyncWeightClient(target, settings=_ONCE, timeout=_weight_call_seconds(settings)),
             run_id=self._run_id,
             backoff=self._backoff,
             waits=self._waits,
@@ -275,3 +275,8 @@ def _publish_settings(settings: ServiceSettings) -> PublishSettings:
         encoding=PushEncoding(settings.push_encoding),
         delta_history_bytes=settings.delta_history_mib * 2**20,
     )
+
+
+def _weight_call_seconds(settings: ServiceSettings) -> float:
+    # What a step may wait for must not be cut off before; and what is late goes on for as long as it usually may.
+    return max(settings.stage_timeout_seconds, AsyncWeightClient.default_timeout)
