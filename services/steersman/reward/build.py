@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -82,7 +82,7 @@ class TorchModelBuilder:
             check_memory(field, settings, reserve)
             return Parts.load(field, settings)
 
-        scorer = self._scorer(name, settings, await on_daemon_thread(load, f"load-{name}"))
+        scorer = self._scorer(name, settings, await on_daemon_thread(load, Parts.close, f"load-{name}"))
         try:
             if not await scorer.warm_up():
                 raise ValueError(f"{field}.model: gives scores that are not finite, allowed: a model that does not")
@@ -134,25 +134,30 @@ class Parts:
     @classmethod
     def load(cls, field: str, settings: ModelScorerSettings) -> "Parts":
         """Reads model, tokenizer and normalisation. `ValueError` names the setting below `field` that is wrong."""
-        engine = load_engine(field, settings)
-        normalization = Normalization()
-        if settings.normalize == "auto":
-            folder = locate(f"{field}.model", settings.model, settings.revision).folder
-            normalization = stored_normalization(f"{field}.model", folder) or engine.normalization
+        # The engine comes last: what is wrong with the rest is said before minutes of loading.
+        folder = locate(f"{field}.model", settings.model, settings.revision).folder
+        normalized = settings.normalize == "auto"
+        stored = stored_normalization(f"{field}.model", folder) if normalized else None
         tokenizer = load_tokenizer(settings.model, settings.revision)
+        engine = load_engine(field, settings)
+        parts = cls(engine=engine, normalization=(stored or engine.normalization) if normalized else Normalization())
         if tokenizer is None:
-            return cls(engine=engine, normalization=normalization)
+            return parts
         try:
             encoder = TextEncoder(tokenizer, choose_encoding(settings, engine.encoding))
         except ValueError as error:
+            parts.close()
             raise ValueError(f"{field}.{error}") from None
-        return cls(
-            engine=engine,
-            normalization=normalization,
+        return replace(
+            parts,
             encoder=encoder,
             bos_token_id=tokenizer.bos_token_id,
             tokenizer_digest=digest_tokenizer(tokenizer),
         )
+
+    def close(self) -> None:
+        """Frees the model. Blocks."""
+        self.engine.close()
 
 
 def load_engine(field: str, settings: ModelScorerSettings) -> LoadedEngine:
@@ -173,31 +178,44 @@ def digest_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-async def on_daemon_thread(work: Callable[[], T], name: str) -> T:
-    """What `work` returns or raises, on a thread that keeps no process alive. Its result is dropped if nobody waits."""
+async def on_daemon_thread(work: Callable[[], T], discard: Callable[[T], None], name: str) -> T:
+    """What `work` returns or raises, on a thread that keeps no process alive.
+
+    It cannot be ended from outside: if nobody waits any more when it returns, `discard` gets the result, on a thread.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def finish(result: T | None, error: BaseException | None) -> None:
+    def start(target: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+
+    def finish(result: T) -> None:
         if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
+            start(discard, result)
         else:
-            done.set_result(result)  # type: ignore[arg-type]
+            done.set_result(result)
+
+    def fail(error: BaseException) -> None:
+        if not done.done():
+            done.set_exception(error)
 
     def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as raised:
-            error = raised
         # A closed loop has nobody left who waits.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(finish, result, error)
+            try:
+                result = work()
+            except BaseException as error:
+                loop.call_soon_threadsafe(fail, error)
+            else:
+                loop.call_soon_threadsafe(finish, result)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await done
+    start(run)
+    try:
+        return await done
+    except asyncio.CancelledError:
+        if done.done() and not done.cancelled() and done.exception() is None:
+            start(discard, done.result())
+        raise
 
 
 def build_function_scorer(field: str, name: str, settings: FunctionScorerSettings) -> FunctionScorer:
