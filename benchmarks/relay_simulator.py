@@ -42,7 +42,7 @@ class Costs:
         verify_s_per_byte: the digest over the complete weights: at the trainer before the first chunk, at each replica
             after the last.
         activate_s: from staged to active.
-        encode_s_per_byte: of dense weights, finding and coding what has changed, on all threads that do it.
+        encode_s_per_byte: of dense weights, finding and coding what has changed, by one thread (the trainer has two).
         apply_s_per_byte: of dense weights, applying that.
     """
 
