@@ -69,9 +69,18 @@ class Fleet:
         self._services = await asyncio.to_thread(GrpcServices, config, run_id=RUN)
         return self._services
 
-    def show(self, *replicas: FakeReplica) -> None:
+    async def show(self, *replicas: FakeReplica) -> None:
+        """Returns once the run has taken it in."""
         assert self.discovery is not None
-        self.discovery.news.put_nowait(tuple(replica.target for replica in replicas))
+        targets = tuple(replica.target for replica in replicas)
+        self.discovery.news.put_nowait(targets)
+        await self.followed(*targets)
+
+    async def followed(self, *targets: str) -> None:
+        assert self._services is not None
+        async with asyncio.timeout(30):
+            while self._services.policy_targets != targets:
+                await asyncio.sleep(0.005)
 
     async def close(self) -> None:
         for replica in self.replicas:
@@ -143,7 +152,7 @@ def require_whole(batch: RolloutBatch, fleet: Fleet, count: int) -> None:
 async def test_one_vanishes_in_mid_batch_and_another_appears(fleet: Fleet) -> None:
     services = await fleet.services()
     first, second = await fleet.replica(), await fleet.replica()
-    fleet.show(first, second)
+    await fleet.show(first, second)
     await asyncio.wrap_future(services.check())
     await published(services, 5)
     batch = collected(services, 8, 5)
@@ -151,10 +160,10 @@ async def test_one_vanishes_in_mid_batch_and_another_appears(fleet: Fleet) -> No
     await until(lambda: first.policy.num_prompts + second.policy.num_prompts == 8, [first, second])
     third = await fleet.replica()
     third.policy.flowing.set()
-    fleet.show(first, second, third)
+    await fleet.show(first, second, third)
     await until(lambda: third.weights.active.step == 5, [third])
     await first.vanish()
-    fleet.show(second, third)
+    await fleet.show(second, third)
     await until(lambda: third.policy.num_prompts > 0, [third])
     second.policy.flowing.set()
     whole = await batch
@@ -171,13 +180,13 @@ async def test_what_a_leaving_replica_has_under_way_may_end_there(fleet: Fleet) 
     services = await fleet.services()
     leaving, staying = await fleet.replica(), await fleet.replica()
     staying.policy.flowing.set()
-    fleet.show(leaving, staying)
+    await fleet.show(leaving, staying)
     await asyncio.wrap_future(services.check())
     await published(services, 1)
     batch = collected(services, 6, 1)
     await until(lambda: leaving.policy.num_prompts + staying.policy.num_prompts == 6, [leaving, staying])
     # It terminates: not among the targets any more, but it serves what it has.
-    fleet.show(staying)
+    await fleet.show(staying)
     num_prompts = leaving.policy.num_prompts
     leaving.policy.flowing.set()
     whole = await batch
@@ -194,7 +203,7 @@ async def test_a_rolling_restart_goes_through_a_run_without_a_loss(fleet: Fleet)
     old = [await fleet.replica(), await fleet.replica()]
     for replica in old:
         replica.policy.flowing.set()
-    fleet.show(*old)
+    await fleet.show(*old)
     await asyncio.wrap_future(services.check())
     for step in range(4):
         await published(services, step)
@@ -204,7 +213,7 @@ async def test_a_rolling_restart_goes_through_a_run_without_a_loss(fleet: Fleet)
             new.policy.flowing.set()
             leaving = old.pop(0)
             old.append(new)
-            fleet.show(*old)
+            await fleet.show(*old)
             await leaving.vanish()
         require_whole(await batch, fleet, 12)
     assert [replica.weights.active.step for replica in old] == [3, 3]
@@ -213,19 +222,19 @@ async def test_a_rolling_restart_goes_through_a_run_without_a_loss(fleet: Fleet)
 async def test_without_any_replica_a_run_waits_and_says_so_and_goes_on_with_the_next(fleet: Fleet) -> None:
     services = await fleet.services()
     first = await fleet.replica()
-    fleet.show(first)
+    await fleet.show(first)
     await asyncio.wrap_future(services.check())
     await published(services, 1)
     batch = collected(services, 2, 1)
     await until(lambda: first.policy.num_prompts == 2, [first])
-    fleet.show()
+    await fleet.show()
     await first.vanish()
     async with asyncio.timeout(30):
         while "waiting for a policy replica to appear" not in services.waiting():
             await asyncio.sleep(0.005)
     second = await fleet.replica()
     second.policy.flowing.set()
-    fleet.show(second)
+    await fleet.show(second)
     require_whole(await batch, fleet, 2)
     assert services.waiting() == ""
 
@@ -235,10 +244,10 @@ async def test_patience_without_any_replica_ends(fleet: Fleet) -> None:
     with pytest.raises(GaveUp, match="no policy replica appeared for 0 s: told:///policy"):
         await asyncio.wrap_future(services.check())
     first = await fleet.replica()
-    fleet.show(first)
+    await fleet.show(first)
     await asyncio.wrap_future(services.check())
     await published(services, 1)
-    fleet.show()
+    await fleet.show()
     with pytest.raises(GaveUp, match=r"no policy replica appeared for .* told:///policy"):
         await collected(services, 2, 1)
 
@@ -246,11 +255,11 @@ async def test_patience_without_any_replica_ends(fleet: Fleet) -> None:
 async def test_a_new_replica_whose_model_does_not_suit_the_job_ends_the_run_with_the_reason(fleet: Fleet) -> None:
     services = await fleet.services()
     first = await fleet.replica()
-    fleet.show(first)
+    await fleet.show(first)
     await asyncio.wrap_future(services.check())
     await published(services, 1)
     short = await fleet.replica(max_sequence_tokens=20)
-    fleet.show(short)
+    await fleet.show(short)
     with pytest.raises(GaveUp, match=rf"must be at most 20, which the policy at {short.target} accepts"):
         await collected(services, 2, 1)
     assert short.policy.num_prompts == 0
@@ -280,9 +289,7 @@ async def test_a_service_in_kubernetes_is_scaled_up_and_down(
         server.put(pod("b", second))
         await until(lambda: second.weights.active.step == 1, [second])
         server.put(pod("a", first, terminating=True))
-        async with asyncio.timeout(30):
-            while services.policy_targets != (second.target,):
-                await asyncio.sleep(0.005)
+        await fleet.followed(second.target)
         await published(services, 2)
         require_whole(await collected(services, 6, 2), fleet, 6)
         assert (first.policy.num_prompts, second.policy.num_prompts) == (6, 6)
