@@ -63,9 +63,10 @@ async def test_a_push_that_is_overtaken_ends_and_the_rest_follows_as_a_differenc
     first, second, third = images(3)
     async with fleet(slow, quick, stage_timeout_seconds=SOON) as (publisher, [replica, _]):
         await publisher.publish(first)
+        await slow.until(lambda: holds(slow, first))  # the deadline is short, and this machine may be slow
         release = slow.hold("stage")
         await publisher.publish(second)
-        assert slow.held_at == "stage"
+        await slow.until(lambda: slow.held_at == "stage")
         await publisher.publish(third)
         release.set()
         await publisher.ensure_current(replica.target)
@@ -79,8 +80,10 @@ async def test_old_weights_are_held_for_the_slowest_replica_only() -> None:
     async with fleet(slowest, slow, quick, stage_timeout_seconds=SOON) as (publisher, replicas):
         slowest.hold("push")
         await publisher.publish(made[0])
+        await slow.until(lambda: holds(slow, made[0]))
         slow.hold("push")
         await publisher.publish(made[1])
+        await slow.until(lambda: slow.held_at == "push")
         await publisher.publish(made[2])
         assert "abort" not in slow.events
         await publisher.publish(made[3])
@@ -126,7 +129,7 @@ async def test_a_quorum_activates_and_those_that_are_late_follow() -> None:
 async def test_without_a_quorum_nothing_changes_and_the_same_version_may_be_published_again() -> None:
     stuck, *others = [service() for _ in range(3)]
     first, second = images(2)
-    async with fleet(stuck, *others, activation=ALL, stage_timeout_seconds=SOON) as (publisher, replicas):
+    async with fleet(stuck, *others, activation=ALL, stage_timeout_seconds=1.0) as (publisher, replicas):
         while publisher.wanted is None:  # the deadline is short, and this machine may be slow
             with suppress(QuorumNotStaged):
                 await publisher.publish(first)

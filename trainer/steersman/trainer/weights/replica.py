@@ -128,8 +128,8 @@ class Replica:
                 self.image, self._limit = None, None
 
     def stop(self) -> None:
-        """Ends the transaction under way, if there is one."""
-        if self._limit is not None:
+        """Ends the transaction under way, if there is one. Again changes nothing."""
+        if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
