@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCH ?= logprobs scoring delta ppo
+BENCH ?= logprobs reward delta ppo
 
 .PHONY: help
 help:  ## List the targets
