@@ -6,6 +6,7 @@ from transformers import AutoModelForSequenceClassification
 from steersman.trainer.checkpoint.atomic import CheckpointError, verify
 from steersman.trainer.checkpoint.models import (
     hidden_states,
+    hidden_states_at,
     lm_head,
     load_actor,
     load_scalar_head,
@@ -22,6 +23,32 @@ from steersman.trainer.checkpoint.source import ModelSource
 
 IDS = torch.tensor([[3, 4, 5, 1, 0, 0], [6, 7, 8, 9, 10, 1]])
 LENGTHS = torch.tensor([4, 6])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # with a feed-forward block that can be found, and without
+def test_states_at_some_positions_are_those_of_all_and_have_their_gradients(tiny, tokenizer, model_type):
+    config = tiny.config if model_type == "llama" else {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
+    actor = load_actor(ModelSource(config=config), tokenizer=tokenizer)
+    positions = torch.tensor([2, 3, 7, 8, 9])
+    weights = torch.randn(len(positions), actor.config.hidden_size)
+
+    def gradients(states):
+        actor.zero_grad()
+        (states * weights).sum().backward()
+        return [parameter.grad.clone() for parameter in actor.base_model.parameters()]
+
+    blocks = [layer.mlp for layer in getattr(actor.base_model, "layers", ())]
+    num_computed: list[list[int]] = [[] for _ in blocks]
+    for block, counts in zip(blocks, num_computed, strict=True):
+        block.up_proj.register_forward_hook(
+            lambda _, args, __, counts=counts: counts.append(args[0].shape[:-1].numel())
+        )
+    whole = hidden_states(actor, IDS).flatten(0, 1)[positions]
+    some = hidden_states_at(actor, IDS, positions)
+    assert num_computed == [[12, 12], [12, 5]][: len(blocks)]
+    torch.testing.assert_close(some, whole)
+    torch.testing.assert_close(gradients(some), gradients(whole))
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
 
 
 def test_the_seed_alone_decides_a_model_from_scratch(tiny, tokenizer):

@@ -4,8 +4,8 @@ Invariants:
 
 - The gradient of an optimizer step is that of the whole minibatch: every loss is a sum over tokens divided by the
   tokens of the minibatch, so cutting it into micro-batches changes nothing but rounding.
-- Only positions that predict a response token reach the heads. Sequences are right-padded and length-sorted, so no
-  attention mask is needed and little is padding.
+- Only positions that predict a response token reach the heads and the last feed-forward block. Sequences are
+  right-padded and length-sorted, so no attention mask is needed and little is padding.
 - Old log-probs and values are the trainer's own, from before the update. When a batch is a single optimizer step
   the policy ratio is exactly one, so that forward pass is also the one that is differentiated: its graph is kept
   for as many tokens as `retained_tokens` allows, and only what exceeds it is computed a second time.
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
 from steersman.trainer.algorithm.losses import kl_loss, policy_loss, value_loss
 from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
-from steersman.trainer.checkpoint.models import hidden_states, lm_head, score_head
+from steersman.trainer.checkpoint.models import hidden_states_at, lm_head, score_head
 from steersman.trainer.data.batches import micro_batches, worthwhile_padding
 from steersman.trainer.rollout.types import Rollout
 from steersman.trainer.stages.optim import apply_update, build_optimizer
@@ -226,7 +226,7 @@ class PpoLearner:
     def _forward(self, micro: _Micro, step: int, *, grad: bool) -> _Outputs:
         config = self._config
         with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
-            states_tD = _at(hidden_states(self.actor, micro.ids_bW), micro.predicting_t)
+            states_tD = hidden_states_at(self.actor, micro.ids_bW, micro.predicting_t)
             taken = logprobs_from_hidden(
                 states_tD,
                 self._head.weight,
@@ -236,7 +236,7 @@ class PpoLearner:
                 with_entropy=grad and (config.exact_entropy or config.entropy_coefficient > 0),
             )
         with torch.set_grad_enabled(grad), self._placement.autocast():
-            value_states_tD = _at(hidden_states(self.critic, micro.ids_bW), micro.predicting_t)
+            value_states_tD = hidden_states_at(self.critic, micro.ids_bW, micro.predicting_t)
             values_t = self._value_head(value_states_tD).squeeze(-1).float()
         return _Outputs(logprobs_t=taken.logprobs, values_t=values_t, entropy_t=taken.entropy)
 
@@ -272,11 +272,6 @@ class PpoLearner:
         random.Random(f"{self._config.seed}/{step}/{epoch}").shuffle(rows)
         count = min(self._config.num_minibatches, num_samples)
         return [rows[number::count] for number in range(count)]
-
-
-def _at(states_bWD: Tensor, positions_t: Tensor) -> Tensor:
-    # index_select: its backward pass is one index_add, where boolean indexing would go element by element.
-    return states_bWD.reshape(-1, states_bWD.shape[-1]).index_select(0, positions_t)
 
 
 def _scatter(into_BT: Tensor, mask_BT: Tensor, rows_b: Tensor, values_t: Tensor) -> None:
