@@ -5,7 +5,7 @@ Invariants:
 - an element of the staging copy is written by at most one chunk, and a delta at most once: a delta adds to what is
   there;
 - a delta's span is copied from the serving copy just before it is applied, so that a refused chunk leaves no trace;
-- nothing writes any more once `settle` has returned and no chunk is let in.
+- nothing writes or reads any more once `settle` has returned and no chunk is let in.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from steersman.policy.weights.coverage import Coverage
+from steersman.policy.weights.following import FollowingDigest
 from steersman.policy.weights.manifest import HostManifest, TensorSpec
 from steersman.wire.errors import Reason, SteersmanError
 from steersman.wire.identity import WeightVersion
@@ -61,6 +62,7 @@ class Push:
     def __post_init__(self) -> None:
         self._covered = [Coverage(tensor.num_elements) for tensor in self.manifest.tensors]
         self._writing: set[asyncio.Task[None]] = set()
+        self._following = FollowingDigest(self.manifest, self.staging)
 
     def touch(self) -> None:
         """Renews the lease."""
@@ -87,6 +89,7 @@ class Push:
         nbytes = chunk.num_elements * tensor.item_bytes
         if chunk.encoding == Encoding.DENSE:
             self.staging[start : start + nbytes] = chunk.data
+            self._following.wrote(chunk.tensor_index, chunk.num_elements)
             return
         # A caller that goes away does not stop the thread, and what comes after must know of it.
         task = asyncio.create_task(self._apply(chunk, start, tensor.item_bytes, covered))
@@ -95,9 +98,14 @@ class Push:
         await asyncio.shield(task)
 
     async def settle(self) -> None:
-        """Waits until no thread writes to the staging copy."""
+        """Waits until no thread writes to the staging copy, or reads it."""
         while self._writing:
             await asyncio.wait(self._writing)
+        await self._following.settle()
+
+    async def compute_digest(self) -> bytes:
+        """The digest of the staging copy. To be asked for once, after `settle`, when no chunk is let in."""
+        return await self._following.finish()
 
     def _check(self, chunk: Chunk) -> tuple[TensorSpec, int]:
         """The tensor of a chunk and the byte of the staging copy where it begins."""
@@ -145,6 +153,7 @@ class Push:
             covered.discard(chunk.element_offset, chunk.element_offset + chunk.num_elements)
             raise error
         self.touch()
+        self._following.wrote(chunk.tensor_index, chunk.num_elements)
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
         self._writing.discard(task)

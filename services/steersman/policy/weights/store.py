@@ -184,7 +184,7 @@ class WeightStore:
                 push.require_complete()
                 push.phase = Phase.VERIFYING
                 try:
-                    found = await asyncio.to_thread(digest, self.manifest, self._staging.bytes)
+                    found = await push.compute_digest()
                     if found != expected:
                         raise _digest_mismatch(push.version, found, expected)
                     with _engine_errors():
