@@ -131,7 +131,9 @@ async def test_the_bytes_of_late_deltas_are_bounded_by_the_setting_and_by_the_we
 async def test_the_number_of_links_is_bounded() -> None:
     made = images(MAX_LINKS + 5, share=0.0001)
     async with history() as kept:
-        await extended(kept, made)
+        await extended(kept, made[:10])
+        kept.note(MANIFEST, 4096)
+        await extended(kept, made[9:])
         assert await length(kept, made) == MAX_LINKS
 
 
@@ -167,3 +169,17 @@ async def test_nothing_is_encoded_for_dense_or_for_tiny_chunks() -> None:
     async with history(max_chunk_bytes=512) as kept:
         await kept.extend(*made)
         assert not await kept.route(MANIFEST, snapshot(made[0]), made[1].version)
+
+
+async def test_a_layout_that_no_replica_shows_any_more_is_forgotten() -> None:
+    made = images(MAX_LINKS + 3, share=0.0001)
+    async with history() as kept:
+        await extended(kept, made[:3])
+        assert await kept.route(MANIFEST, snapshot(made[1]), made[2].version)
+        await extended(kept, made[2:])
+        assert await kept.route(MANIFEST, snapshot(made[-2]), made[-1].version)
+        await extended(
+            kept, [*made[-1:], *(WeightImage(version(100 + step), {"w": torch.zeros(SIZE)}) for step in range(34))]
+        )
+        assert not await kept.route(MANIFEST, snapshot(made[-1]), version(133))
+        assert not kept._chains

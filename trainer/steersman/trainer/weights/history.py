@@ -67,6 +67,7 @@ def choose_route(links: Sequence[L], active: WeightSnapshot, full_bytes: int) ->
 class _Chain:
     full_bytes: int
     max_chunk_bytes: int
+    num_idle: int = 0
     links: list[EncodedDelta] = field(default_factory=list)
 
 
@@ -93,13 +94,18 @@ class DeltaHistory:
         chain = self._chains.get(manifest)
         if chain is None:
             self._chains[manifest] = _Chain(full_bytes=dense_bytes(manifest), max_chunk_bytes=max_chunk_bytes)
-        elif max_chunk_bytes < chain.max_chunk_bytes:
-            chain.max_chunk_bytes = max_chunk_bytes
+        else:
+            chain.max_chunk_bytes = min(chain.max_chunk_bytes, max_chunk_bytes)
+            chain.num_idle = 0
 
     async def extend(self, base: WeightImage, image: WeightImage) -> None:
         """Begins to encode what turns `base` into `image`. What was encoded from `base` to a version that has been
-        given up since is forgotten.
+        given up since is forgotten, and so is a layout that no replica has shown for MAX_LINKS versions.
         """
+        for manifest, chain in list(self._chains.items()):
+            chain.num_idle += 1
+            if chain.num_idle > MAX_LINKS:
+                del self._chains[manifest]
         await asyncio.gather(*(self._extend(manifest, chain, base, image) for manifest, chain in self._chains.items()))
 
     async def route(self, manifest: Manifest, active: WeightSnapshot, goal: WeightVersion) -> Sequence[EncodedDelta]:
@@ -107,6 +113,7 @@ class DeltaHistory:
         chain = self._chains.get(manifest)
         if chain is None:
             return ()
+        chain.num_idle = 0
         ends = [at for at, link in enumerate(chain.links) if link.version == goal]
         links = chain.links[: ends[0] + 1] if ends else []
         if links and links[-1].base_version != active.version and choose_route(links, active, chain.full_bytes):

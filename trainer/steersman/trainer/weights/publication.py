@@ -173,9 +173,9 @@ class Publication:
             await part.replica.activate(self.image.version, staged.digest)
             part.activation_ended = time.monotonic()
 
-    def _part_ended(self, part: _Part, _: "asyncio.Task[None]") -> None:
-        if (reason := _reason(part)) is not None:
-            _log.warning("weights %s did not reach %s: %s", self.image.version, part.replica.target, reason)
+    def _part_ended(self, part: _Part, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("weights %s did not reach %s: %s", self.image.version, part.replica.target, error)
         self._changed.set()
 
     async def _look(self, commit: Callable[[], None], deadline: float) -> None:
@@ -221,6 +221,8 @@ class Publication:
         for part in parts:
             if (reason := _reason(part)) is not None:
                 self.failures[part.replica.target] = reason
+            if part.task is not None and not part.task.done():
+                _log.warning("weights %s: %s %s, the step goes on", self.image.version, part.replica.target, reason)
         if (refusal := _refusal(parts)) is not None:
             raise refusal
         active = [part for part in self._punctual if part.activation_ended is not None]
