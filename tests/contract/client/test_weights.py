@@ -95,7 +95,8 @@ async def test_a_whole_transaction(fake: FakeWeights, serve: Any) -> None:
         state = await client.state(include_manifest=True)
         assert state.manifest == tuple(MANIFEST)
         assert (state.staged, state.previous, state.pushing) == (None, None, None)
-        push = await client.begin(VERSION, MANIFEST, base_version=WeightVersion(run_id="run", step=1), partial=True)
+        base = WeightVersion(run_id="run", step=1)
+        push = await client.begin(VERSION, MANIFEST, base_version=base, partial=True, digest=b"d" * 16)
         receipt = await client.push(push.push_id, [chunk(0), chunk(3)])
         assert (receipt.received_bytes, receipt.num_chunks) == (12, 2)
         assert (await client.stage(push.push_id, b"d" * 16)).version == VERSION
@@ -108,6 +109,7 @@ async def test_a_whole_transaction(fake: FakeWeights, serve: Any) -> None:
     begin, activate, abort = fake.calls
     assert begin.base_version.step == 1
     assert begin.partial
+    assert begin.digest == b"d" * 16
     assert begin.idle_timeout.seconds == 60
     assert activate.kv_cache_policy == weights_pb2.KV_CACHE_POLICY_RECOMPUTE
     assert abort.push_id == "push-1"
