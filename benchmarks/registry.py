@@ -16,13 +16,31 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         },
     ),
     Benchmark(
-        name="scoring",
-        module="benchmarks.scoring",
+        name="reward",
+        module="benchmarks.reward",
         targets={
-            "score_grpc_vs_inprocess": Target(
-                what="scores per second through the reward service over gRPC, against the same model called in "
-                "process on the same batches",
-                at_least=0.9,
+            "score_vs_oracle": Target(
+                what="scores per second over gRPC at saturation, log-normal lengths, against an in-process oracle with "
+                "all items at hand that computes each shared prompt once (the better of two oracles)",
+                at_least=0.95,
+            ),
+            "score_vs_vllm_classify": Target(
+                what="scores per second over gRPC against vLLM's own HTTP /classify, prefix cache on, same load",
+                at_least=1.2,
+            ),
+            "score_vs_single": Target(
+                what="scores per second over gRPC against an HTTP server that scores one sample a request",
+                at_least=3.0,
+            ),
+            "interactive_p99_ratio": Target(
+                what="99th percentile of the latency of an interactive request under bulk load, against its idle "
+                "latency plus one micro-batch",
+                at_most=3.0,
+            ),
+            "grpc_cpu_share": Target(
+                what="share of the reward server's processor time at saturation that is not the model's: gRPC, "
+                "conversion, queueing",
+                at_most=0.05,
             ),
         },
     ),
@@ -68,6 +86,17 @@ BENCHMARKS: tuple[Benchmark, ...] = (
                 what="worst pause of generation at a change of weights, in decode steps: CPU engine, 64 running "
                 "requests, none of which is disturbed",
                 at_most=10.0,
+            ),
+        },
+    ),
+    Benchmark(
+        name="relay",
+        module="benchmarks.relay",
+        targets={
+            "relay8_trainer_bytes_ratio": Target(
+                what="bytes that leave the trainer for a dense push to 8 replicas that pass it on, against those for a "
+                "push to one (TCP payload of the trainer's sockets; the worst of chain and tree, with and without vLLM)",
+                at_most=1.3,
             ),
         },
     ),
