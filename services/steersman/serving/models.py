@@ -80,8 +80,20 @@ def load_pretrained(field: str, auto_class: Any, found: Checkpoint, dtype: str, 
     if missing:
         shown = ", ".join(missing[:5])
         raise ValueError(f"{field}: lacks the weights {shown}, allowed: a whole checkpoint, its head included")
-    model = model.to(device).eval().requires_grad_(False)
+    model = own_weights(model.to(device).eval().requires_grad_(False))
     linear.speed_up(model)
+    return model
+
+
+def own_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, with its weights in memory of its own.
+
+    On a CPU they are pages of the checkpoint's files: whoever writes a new checkpoint over them would change what is
+    served, under the old revision, or end the process where a file gets shorter.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
     return model
 
 

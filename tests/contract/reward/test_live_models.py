@@ -396,6 +396,19 @@ async def test_a_model_is_loaded_with_the_settings_of_the_scorer_it_is_for(zoo):
         assert (await server.listed())["b"].model.max_sequence_tokens == 4
 
 
+async def test_a_checkpoint_that_is_written_over_does_not_change_what_is_served(zoo, tmp_path):
+    expected = save_tiny(tmp_path / "m", 9)
+    async with real(zoo[0], scorers={"m": {"model": str(tmp_path / "m")}}) as server:
+        before = await server.score("m")
+        weights = tmp_path / "m" / "model.safetensors"
+        with weights.open("r+b") as file:
+            file.seek(-1000, 2)
+            file.write(bytes(1000))
+        after = await server.score("m")
+    assert before.score == pytest.approx(expected, abs=1e-5)
+    assert (after.score, after.revision) == (before.score, before.revision)
+
+
 async def test_the_service_is_found_by_reflection(zoo):
     root, _ = zoo
     async with real(root) as server:
