@@ -137,7 +137,10 @@ class Publisher:
                 sleep=self._sleep,
             )
             self._publications.append(publication)
-            await publication.run(lambda: self._commit(image))
+            try:
+                await publication.run(lambda: self._commit(image))
+            finally:
+                self._forget_publications()
         total = Tally()
         for replica in replicas:
             total.add(replica.progress.tally)
@@ -187,9 +190,13 @@ class Publisher:
     def _commit(self, image: WeightImage) -> None:
         self._image = image
 
+    def _forget_publications(self) -> None:
+        """Those that are done: each holds its weights."""
+        self._publications = [one for one in self._publications if not one.is_done]
+
     def _supersede(self) -> None:
         """Lets what is under way for older versions end, as far as memory allows."""
-        self._publications = [one for one in self._publications if not one.is_done]
+        self._forget_publications()
         for publication in self._publications:
             publication.supersede()
         old = [one for one in self._replicas.values() if one.image is not None and one.image is not self._image]
