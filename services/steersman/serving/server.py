@@ -186,6 +186,8 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+    if settings.max_connection_age_seconds is not None:
+        options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))
     gate = make_gate(settings)
     server = grpc.aio.server(
         interceptors=[CallInterceptor(metrics, gate)],

@@ -66,6 +66,13 @@ class ServerSettings(BaseSettings):
     max_concurrent_rpcs_per_caller: int | None = Field(
         None, ge=1, description="Calls of one caller in flight at once; none is no bound of its own."
     )
+    max_connection_age_seconds: float | None = Field(
+        600.0,
+        gt=0,
+        le=86400,
+        description="Connections are to be made anew after so long, so that callers find servers that were added; "
+        "calls under way end in peace. None: never.",
+    )
     tls: TlsSettings | None = Field(None, description="TLS for every port of the server; none is in the clear.")
     metrics_in_clear: bool = Field(
         False, description="Serve metrics without TLS all the same, for a scraper that cannot; they hold no content."

@@ -30,8 +30,10 @@ class Servicer(policy_pb2_grpc.PolicyServiceServicer):
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
         self.closed_streams = 0
+        self.peers: list[str] = []
 
     async def GetModel(self, request, context):
+        self.peers.append(context.peer())
         self.entered.set()
         if self.error is not None:
             raise self.error
@@ -74,9 +76,11 @@ class FakeService:
 
 
 @asynccontextmanager
-async def serving(service: FakeService, metrics: Metrics | None = None) -> AsyncIterator[RunningServer]:
-    settings = ServerSettings(health_interval_seconds=0.01)
-    server = await start_server(service, settings, metrics or Metrics("fake"))
+async def serving(
+    service: FakeService, metrics: Metrics | None = None, **settings: float
+) -> AsyncIterator[RunningServer]:
+    found = ServerSettings(health_interval_seconds=0.01, **settings)
+    server = await start_server(service, found, metrics or Metrics("fake"))
     try:
         yield server
     finally:
@@ -301,3 +305,21 @@ async def test_a_message_that_cannot_be_read_is_a_bad_field(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert str(caught.value.details()).startswith(f"request is '{len(data)} bytes', allowed: the encoded request")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_connections_are_made_anew_and_calls_under_way_end_in_peace() -> None:
+    service = FakeService()
+    async with (
+        serving(service, max_connection_age_seconds=0.1) as server,
+        asyncio.timeout(20),
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        held = asyncio.create_task(call(channel))
+        await service.servicer.entered.wait()
+        others = []
+        while len(set(service.servicer.peers)) < 2:
+            others.append(asyncio.create_task(call(channel)))
+            await asyncio.sleep(0.02)
+        service.servicer.release.set()
+        await held
+        await asyncio.gather(*others)

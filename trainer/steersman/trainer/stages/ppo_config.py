@@ -22,6 +22,24 @@ def _ppo_optimizer() -> OptimizerConfig:
     return OptimizerConfig(learning_rate=1e-5, schedule="constant", beta2=0.95, epsilon=1e-5)
 
 
+class CredentialSettings(_Settings):
+    """How the job proves to the services who it is, and knows them: files, read when it starts. TLS in any case."""
+
+    ca_file: str | None = Field(default=None, description="PEM of the authority to trust; none is the system's.")
+    cert_file: str | None = Field(default=None, description="PEM of the job's own certificate, for mutual TLS.")
+    key_file: str | None = Field(default=None, description="PEM of its key.")
+    token_file: str | None = Field(default=None, description="File with a bearer token, and nothing else.")
+    server_name: str | None = Field(
+        default=None, description="Name in the servers' certificates, where it is not the one in their addresses."
+    )
+
+    @model_validator(mode="after")
+    def _whole_identity(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together, allowed: both or neither")
+        return self
+
+
 class ServiceSettings(_Settings):
     """Where the services are, and how patiently they are used."""
 
@@ -44,6 +62,9 @@ class ServiceSettings(_Settings):
     )
     truncate_prompt: bool = Field(
         default=False, description="Let the reward service shorten prompts that are too long for its model."
+    )
+    credentials: CredentialSettings | None = Field(
+        default=None, description="For services that listen with TLS; none is in the clear."
     )
     push_encoding: Literal["auto", "dense", "delta", "compact"] = Field(
         default="auto",

@@ -28,6 +28,7 @@ from steersman.trainer.retry import Backoff, Waits, retry
 from steersman.trainer.rollout.adapters import GrpcPolicy, GrpcReference, GrpcReward
 from steersman.trainer.rollout.collector import Collector, CollectorSettings
 from steersman.trainer.rollout.types import Prompt, RolloutBatch, SamplingSettings
+from steersman.trainer.stages.credentials import read_credentials
 from steersman.trainer.stages.ppo_config import PpoConfig, ServiceSettings
 from steersman.trainer.stages.ppo_replicas import PolicyReplicas
 from steersman.trainer.weights.encode import PushEncoding
@@ -104,6 +105,7 @@ class GrpcServices:
         self._config = config
         self._run_id = run_id
         self._tokenizer = tokenizer
+        self._credentials = read_credentials(config.services.credentials)
         self._waits = Waits()
         settings = config.services
         self._backoff = Backoff(
@@ -165,11 +167,13 @@ class GrpcServices:
 
     async def _open(self) -> None:
         config, settings = self._config, self._config.services
-        enter = self._stack.enter_async_context
-        self._reference = await enter(AsyncReferenceClient(settings.reference))
-        self._reward = await enter(AsyncRewardClient(settings.reward))
+        enter, secret = self._stack.enter_async_context, self._credentials
+        self._reference = await enter(AsyncReferenceClient(settings.reference, credentials=secret))
+        self._reward = await enter(AsyncRewardClient(settings.reward, credentials=secret))
         self._publisher = Publisher(
-            lambda target: AsyncWeightClient(target, settings=_ONCE, timeout=_weight_call_seconds(settings)),
+            lambda target: AsyncWeightClient(
+                target, credentials=secret, settings=_ONCE, timeout=_weight_call_seconds(settings)
+            ),
             run_id=self._run_id,
             backoff=self._backoff,
             waits=self._waits,
@@ -182,7 +186,7 @@ class GrpcServices:
             self._discovery, self._publisher, self._check_policy, backoff=self._backoff, waits=self._waits
         )
         self._collector = Collector(
-            lambda target: GrpcPolicy(client=AsyncPolicyClient(target, settings=_ONCE)),
+            lambda target: GrpcPolicy(client=AsyncPolicyClient(target, credentials=secret, settings=_ONCE)),
             self._reward_port(),
             GrpcReference(client=self._reference),
             self._replicas,
@@ -245,7 +249,7 @@ class GrpcServices:
         self._require_room(model, what)
 
     async def _check_policy(self, target: str) -> None:
-        async with AsyncPolicyClient(target, settings=_ONCE) as client:
+        async with AsyncPolicyClient(target, credentials=self._credentials, settings=_ONCE) as client:
             self._require_room(await _ask(client), f"policy at {target}")
 
     def _require_room(self, model: ModelInfo, name: str) -> None:
