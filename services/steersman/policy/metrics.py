@@ -24,6 +24,10 @@ class PolicyMetrics:
         self._step = metrics.gauge("policy_weight_step", "Optimiser step of the active weights.")
         self._switches = metrics.counter("policy_weight_switches", "Activations and rollbacks.")
         self._received = metrics.counter("policy_weight_received_bytes", "Bytes of weight chunks received.")
+        self._relayed = metrics.counter("policy_weight_relayed_bytes", "Bytes of chunk messages passed on to replicas.")
+        self._relay_links_lost = metrics.counter(
+            "policy_weight_relay_links_lost", "Replicas that were given up while chunks were passed on to them."
+        )
         self._push = metrics.histogram("policy_weight_push_seconds", "Begin of a push to its activation, in seconds.")
         self._pause = metrics.histogram(
             "policy_weight_pause_seconds", "Standstill of generation at a switch.", buckets=_PAUSE_BUCKETS
@@ -49,6 +53,11 @@ class PolicyMetrics:
     def received(self, num_bytes: int) -> None:
         """Chunk data of one stream."""
         self._received.inc(num_bytes)
+
+    def relayed(self, num_bytes: int, num_lost: int) -> None:
+        """What one stream passed on, and to how many it could not."""
+        self._relayed.inc(num_bytes)
+        self._relay_links_lost.inc(num_lost)
 
     def switched(self, switch: Switch) -> None:
         """The weights changed."""

@@ -61,7 +61,8 @@ class PolicySettings(ServerSettings):
         10.0,
         gt=0,
         le=600,
-        description="How long a replica that weights are passed on to may hold up the others before it is given up.",
+        description="How long a replica that weights are passed on to may hold up the others before it is given up. At "
+        "most half of the idle timeout of pushes, which is 20 s for those of PPO jobs.",
     )
     seed: int = Field(0, ge=0, description="Start of the random numbers for requests without a seed.")
 

@@ -23,9 +23,9 @@ from steersman.v1 import types_pb2, weights_pb2, weights_pb2_grpc
 from steersman.wire.weights.digest import chunk_checksum
 
 TIMEOUT_S = 60
-CHUNK_ELEMENTS = 16 * 1024
-NUM_CHUNKS = 128
-"""Of 64 KiB: 8 MiB in all, more than two links with their queues and windows hold."""
+CHUNK_ELEMENTS = 64 * 1024
+NUM_CHUNKS = 96
+"""Of 256 KiB: 24 MiB in all, more than a link with its queue and its window of 8 MiB holds."""
 MANIFEST = HostManifest.of([TensorSpec(name="w", shape=(NUM_CHUNKS, CHUNK_ELEMENTS), dtype="float32")])
 
 
@@ -103,6 +103,7 @@ class Node:
     store: WeightStore
     engine: FakeEngine
     servicer: Servicer
+    metrics: Metrics
     stub: weights_pb2_grpc.WeightServiceStub
     push_id: str = ""
     stopped: bool = False
@@ -188,7 +189,7 @@ async def fleet(
             server = await start_server(_Plane(store, engine, servicer), ServerSettings(), metrics)
             channels.append(grpc.aio.insecure_channel(server.address))
             stub = weights_pb2_grpc.WeightServiceStub(channels[-1])
-            nodes.append(Node(server=server, store=store, engine=engine, servicer=servicer, stub=stub))
+            nodes.append(Node(server=server, store=store, engine=engine, servicer=servicer, metrics=metrics, stub=stub))
         nodes.sort(key=lambda node: node.target)
         for number, fault in (faults or {}).items():
             nodes[number].servicer.fault = fault

@@ -126,6 +126,10 @@ async def test_a_stuck_replica_is_left_behind() -> None:
         assert outcomes(response) == {b.target: Reason.DEADLINE_EXCEEDED, c.target: None}
         await serves([a, c])
         await kept([b])
+        value = a.metrics.registry.get_sample_value
+        assert value("steersman_policy_weight_relay_links_lost_total") == 1
+        # All to the one; to the other what its window and the queue before it hold.
+        assert len(CONTENT) < (value("steersman_policy_weight_relayed_bytes_total") or 0) < 2 * len(CONTENT)
 
 
 async def test_a_replica_that_is_stuck_at_the_end_is_left_behind_too() -> None:

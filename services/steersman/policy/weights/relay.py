@@ -36,8 +36,9 @@ _LOG = logging.getLogger(__name__)
 
 # Enough to ride out a pause of the receiver's event loop at 10 Gbit/s, small beside any model.
 _QUEUED_CHUNKS: Final = 8
-# The replica nearest to what stands still must give it up first, or whole branches would fall with one leaf.
-_PATIENCE_PER_LEVEL: Final = 0.1
+# The replica nearest to what stands still must give it up first, or whole branches would fall with one leaf. The
+# deepest route adds ten seconds: with the default stall time that is still within the lease of the pushes that wait.
+_PATIENCE_PER_LEVEL_S: Final = 0.15
 _TARGET: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 Hops = Sequence[weights_pb2.RelayHop]
@@ -111,7 +112,7 @@ class Relay:
 
 
 class RelayStream:
-    """The way onward of one stream of chunks.
+    """The way onward of one stream of chunks. `num_bytes` have been passed on so far, over all links.
 
     async with relay.stream() as onward:
         onward.open(push_id, hops)        # once, before the first chunk
@@ -123,6 +124,7 @@ class RelayStream:
         self._rules = rules
         self._open_channel = open_channel
         self._links: list[_Link] = []
+        self.num_bytes = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,15 +143,21 @@ class RelayStream:
         """
         self._rules.check(hops, push_id)
         for hop in hops:
-            patience = self._rules.stall_seconds * (1 + _PATIENCE_PER_LEVEL * (_height(hop) - 1))
+            patience = self._rules.stall_seconds + _PATIENCE_PER_LEVEL_S * (_height(hop) - 1)
             self._links.append(_Link(hop, self._open_channel, patience_s=patience, timeout=timeout))
 
     async def forward(self, message: ChunkMessage) -> None:
         """Queues a chunk for every link that holds, waiting for room as long as each link may make it wait."""
         links = [link for link in self._links if link.is_open]
         data = message.onward if links else b""
+        self.num_bytes += len(data) * len(links)
         for link in links:
             await link.put(data)
+
+    @property
+    def num_lost(self) -> int:
+        """Links that were given up or broke."""
+        return sum(link.is_lost for link in self._links)
 
     async def finish(self) -> list[weights_pb2.RelayReceipt]:
         """Waits until every replica of the route has all, or has been given up: a receipt for each hop."""
@@ -198,6 +206,11 @@ class _Link:
     def is_open(self) -> bool:
         """Whether there is use in another chunk."""
         return not self._task.done() and self._error is None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended otherwise than with an answer."""
+        return self._error is not None
 
     async def put(self, data: bytes | None) -> None:
         """Queues a message, None for the end. Gives the link up if that takes too long."""

@@ -88,6 +88,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             self._store.sender_gone(push_id)
             raise
         self._metrics.received(num_bytes)
+        self._metrics.relayed(onward.num_bytes, onward.num_lost)
         return weights_pb2.PushChunksResponse(received_bytes=num_bytes, num_chunks=num_chunks, relayed=relayed)
 
     async def Stage(  # noqa: N802

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _MAX_ROUNDS: Final = 3
 # Deliveries in which the ends of a link that broke pass nothing on.
 _PROBATION: Final = 8
-_PATIENCE_PER_LEVEL: Final = 0.1
+_PATIENCE_PER_LEVEL_S: Final = 0.15
 """As at the replicas: those nearer to what stands still give it up first."""
 # Of the dense weights; for the choice of a topology, before a delta is encoded.
 _DELTA_SHARE: Final = 0.05
@@ -157,7 +157,7 @@ class RelayDelivery:
     async def _push(self, cargo: Cargo, route: Route) -> tuple[PushReceipt, int]:
         """Sends along a route: what came of it, and the bytes of chunk data that left."""
         watch = _Watch(cargo.chunks())
-        patience = self._settings.stall_seconds * (1 + _PATIENCE_PER_LEVEL * route.height)
+        patience = self._settings.stall_seconds + _PATIENCE_PER_LEVEL_S * route.height
         hops = tuple(_hop(node) for node in route.next)
         first = route.item
         push = asyncio.ensure_future(first.port.push(first.push_id, watch.chunks(), relay=hops))
