@@ -94,8 +94,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         module="benchmarks.relay",
         targets={
             "relay8_trainer_bytes_ratio": Target(
-                what="bytes that leave the trainer for a dense push to 8 replicas that pass it on, against those for a "
-                "push to one (TCP payload of the trainer's sockets; the worst of chain and tree, with and without vLLM)",
+                what="bytes that leave the trainer for a dense push to 8 replicas that pass it on, against those for "
+                "a push to one (TCP payload of its sockets; the worst of chain and tree, with and without vLLM)",
                 at_most=1.3,
             ),
         },
