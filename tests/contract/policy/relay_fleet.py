@@ -23,9 +23,9 @@ from steersman.v1 import types_pb2, weights_pb2, weights_pb2_grpc
 from steersman.wire.weights.digest import chunk_checksum
 
 TIMEOUT_S = 60
-CHUNK_ELEMENTS = 64 * 1024
-NUM_CHUNKS = 96
-"""Of 256 KiB: 24 MiB in all, more than a link with its queue and its window of 8 MiB holds."""
+CHUNK_ELEMENTS = 16 * 1024
+NUM_CHUNKS = 288
+"""Of 64 KiB: 18 MiB in all, more than a link with its queue and its window of 8 MiB holds."""
 MANIFEST = HostManifest.of([TensorSpec(name="w", shape=(NUM_CHUNKS, CHUNK_ELEMENTS), dtype="float32")])
 
 

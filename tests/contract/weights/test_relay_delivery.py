@@ -20,7 +20,7 @@ from steersman.v1 import weights_pb2
 from steersman.wire.identity import WeightVersion
 
 RUN = "demo.1"
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 64 * 1024
 SHAPE = MANIFEST.tensors[0].shape
 ONCE = MANIFEST.total_bytes
 Routes = list[tuple[str, list[Any]]]
