@@ -14,7 +14,7 @@ from steersman.policy.metrics import PolicyMetrics
 from steersman.policy.servicer import PolicyServicer
 from steersman.policy.settings import PolicySettings
 from steersman.policy.weights.checkpoint import Checkpoint
-from steersman.policy.weights.relay import Relay
+from steersman.policy.weights.relay import Relay, channel_opener
 from steersman.policy.weights.service import WeightServicer, add_weight_servicer
 from steersman.policy.weights.store import WeightSource, WeightStore
 from steersman.serving.location import locate
@@ -48,7 +48,8 @@ class PolicyService:
         )
         counted.watch(lambda: self.handler.num_samples, settings.max_num_seqs)
         self._servicer = PolicyServicer(self.handler)
-        self._weight_servicer = WeightServicer(self.store, counted, Relay(settings.relay_rules()))
+        relay = Relay(settings.relay_rules(), channel_opener(settings.relay_credentials))
+        self._weight_servicer = WeightServicer(self.store, counted, relay)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Adds both servicers."""

@@ -8,6 +8,7 @@ from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.weights.relay import RelayRules
 from steersman.serving.location import Location
+from steersman.serving.security.peer import PeerCredentials
 from steersman.serving.settings import ServerSettings
 
 
@@ -56,6 +57,9 @@ class PolicySettings(ServerSettings):
     relay: bool = Field(True, description="Pass new weights on to other replicas when the trainer asks for it.")
     relay_targets: tuple[str, ...] = Field(
         ("*",), description="Patterns of host:port that weights may be passed on to, such as 10.1.*:50051."
+    )
+    relay_credentials: PeerCredentials | None = Field(
+        None, description="What this replica shows to those that it passes weights on to; none is in the clear."
     )
     relay_stall_seconds: float = Field(
         10.0,

@@ -25,6 +25,7 @@ from typing import Any, Final, Self
 import grpc
 import grpc.aio
 
+from steersman.serving.security.peer import PeerCredentials
 from steersman.v1 import weights_pb2
 from steersman.wire.endings import Endings
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
@@ -45,16 +46,24 @@ Hops = Sequence[weights_pb2.RelayHop]
 OpenChannel = Callable[[str], grpc.aio.Channel]
 
 
-def open_insecure_channel(target: str) -> grpc.aio.Channel:
-    """A channel in the clear to `host:port`."""
-    options = [
+def channel_opener(credentials: PeerCredentials | None = None) -> OpenChannel:
+    """Opens channels to `host:port`, in the clear without `credentials`. With them, ValueError for a lost file."""
+    options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         # The proxy of an environment is for the way out, not for the neighbours.
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    # With the scheme, so that no name is read as one ("unix:1" is a socket).
-    return grpc.aio.insecure_channel(f"dns:///{target}", options=options)
+    if credentials is not None and credentials.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", credentials.server_name))
+
+    def open_channel(target: str) -> grpc.aio.Channel:
+        address = f"dns:///{target}"  # with the scheme, so that no name is read as one ("unix:1" is a socket)
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, credentials.to_grpc(), options=options)
+
+    return open_channel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +111,9 @@ class RelayRules:
 class Relay:
     """Opens streams onward. `open_channel` is the one place where a replica dials another."""
 
-    def __init__(self, rules: RelayRules, open_channel: OpenChannel = open_insecure_channel) -> None:
+    def __init__(self, rules: RelayRules, open_channel: OpenChannel | None = None) -> None:
         self._rules = rules
-        self._open_channel = open_channel
+        self._open_channel = open_channel or channel_opener()
 
     def stream(self) -> "RelayStream":
         """For one stream of chunks, which is passed on to nobody until its route is known."""
@@ -262,9 +271,9 @@ class _Link:
             _LOG.warning("relay link lost", extra={"target": self._hop.target, "why": str(error)})
 
     async def _run(self) -> None:
-        channel = self._open_channel(self._hop.target)
         try:
-            self._response = await self._send(channel)
+            async with self._open_channel(self._hop.target) as channel:
+                self._response = await self._send(channel)
         except grpc.RpcError as error:
             self._fail(_translated(error, self._hop.target))
         except asyncio.CancelledError:
@@ -276,7 +285,6 @@ class _Link:
         finally:
             while not self._queue.empty():  # lets a waiting `put` through
                 self._queue.get_nowait()
-            await channel.close(None)
 
     async def _send(self, channel: grpc.aio.Channel) -> weights_pb2.PushChunksResponse:
         start: Any = channel.stream_unary(
