@@ -18,12 +18,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from steersman.serving import linear
 from steersman.serving.packing import Pack, Segment
 
 ATTENTION: Final = "steersman_packed"
 
 # Queries at a time: what lies behind them in their segment is left out, within the chunk it is masked.
 _CHUNK_TOKENS: Final = 256
+
+# The same where attention is two matrix products: their scores stay in the cache.
+_PRODUCT_CHUNK_TOKENS: Final = 128
 
 # What transformers hands to an attention that is more than plain causal attention.
 _BEYOND: Final = ("sliding_window", "softcap", "s_aux", "position_bias", "attention_chunk_size", "cache")
@@ -93,14 +97,15 @@ def attend(
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    by_products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and _has_fast_products()
+    attend_segment = _attend_by_products if by_products else _attend_segment
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     for segment in pack.segments:
-        _attend_segment(segment, query, key, value, scaling, output)
+        attend_segment(segment, query, key, value, scale, output)
     return output, None
 
 
-def _attend_segment(
-    segment: Segment, query: Tensor, key: Tensor, value: Tensor, scale: float | None, output: Tensor
-) -> None:
+def _attend_segment(segment: Segment, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor) -> None:
     attention = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
     )
@@ -121,9 +126,40 @@ def _attend_segment(
         output[:, start:stop] = result.transpose(1, 2)
 
 
+def _attend_by_products(
+    segment: Segment, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor
+) -> None:
+    """The same in bfloat16 on a CPU, by oneDNN's matrix products: twice as fast as torch's attention kernel there.
+
+    The softmax is in float32, its result in bfloat16, as in transformers' own eager attention. The queries of all heads
+    that share a key head go through one product.
+    """
+    spans = [*segment.before, (segment.start, segment.stop)]
+    keys = torch.cat([key[0, :, start:stop] for start, stop in spans], 1)
+    values = torch.cat([value[0, :, start:stop] for start, stop in spans], 1)
+    num_before = sum(stop - start for start, stop in segment.before)
+    num_groups = query.shape[1] // key.shape[1]
+    for start in range(segment.start, segment.stop, _PRODUCT_CHUNK_TOKENS):
+        stop = min(segment.stop, start + _PRODUCT_CHUNK_TOKENS)
+        count, seen = stop - start, num_before + stop - segment.start
+        chunk = query[0, :, start:stop].reshape(key.shape[1], num_groups * count, query.shape[3])
+        scores = torch.bmm(chunk, keys[:, :seen].transpose(1, 2)).float().mul_(scale)
+        own = scores.view(key.shape[1], num_groups, count, seen)[..., seen - count :]
+        own += _mask(count, count, torch.float32, query.device)
+        weights = torch.softmax(scores, -1).to(query.dtype)
+        result = torch.bmm(weights, values[:, :seen]).view(query.shape[1], count, value.shape[3])
+        output[0, start:stop] = result.transpose(0, 1)
+
+
+@functools.cache
+def _has_fast_products() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU; torch's own product would be slow."""
+    return linear.available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[queries, keys]: the last query sees all keys, each one before it one fewer."""
-    longest = 1 << (num_keys - 1).bit_length()
+    longest = max(_CHUNK_TOKENS, 1 << (num_keys - 1).bit_length())
     return _whole_mask(longest, dtype, device)[_CHUNK_TOKENS - num_queries :, longest - num_keys :]
 
 
