@@ -4,7 +4,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCH ?= logprobs reward delta ppo
+BENCH ?= logprobs scoring reward delta push activation relay ppo
 
 .PHONY: help
 help:  ## List the targets

@@ -16,6 +16,17 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         },
     ),
     Benchmark(
+        name="scoring",
+        module="benchmarks.scoring",
+        targets={
+            "score_grpc_vs_inprocess": Target(
+                what="scores per second through the reward service over gRPC, against the same model called in "
+                "process on the same batches",
+                at_least=0.9,
+            ),
+        },
+    ),
+    Benchmark(
         name="reward",
         module="benchmarks.reward",
         targets={

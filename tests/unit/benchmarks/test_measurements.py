@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import ppo, toymodel
+from benchmarks import ppo, scoring, toymodel
 from transformers import AutoTokenizer
 
+from steersman.serving.batching import BatchingSettings
 from steersman.trainer.stages.ppo_config import PpoConfig
 
 PLAN = ppo.Plan(turns=1, warm_up=2, counted=3)
@@ -61,6 +62,22 @@ def test_the_job_is_one_that_the_trainer_takes(tmp_path: Path) -> None:
     config = PpoConfig.model_validate(ppo.job_config(inputs, addresses, steps=5, max_staleness=1))
     assert (config.samples_per_step, config.num_epochs, config.num_minibatches) == (64, 1, 1)
     assert (config.optimizer.learning_rate, config.critic_optimizer.learning_rate) == (1e-6, 1e-6)
+
+
+def test_micro_batches_hold_every_item_once_and_keep_the_budget() -> None:
+    lengths = [3, 90, 10, 10, 90, 91, 2, 50]
+    settings = BatchingSettings(max_batch_tokens=200, max_batch_items=3, batch_overhead_tokens=8)
+    batches = scoring.cut_batches(lengths, settings)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= 3
+        assert max(lengths[index] for index in batch) * len(batch) <= 200
+    assert lengths[batches[0][0]] == 91
+
+
+def test_an_item_beyond_the_budget_is_alone() -> None:
+    settings = BatchingSettings(max_batch_tokens=10, batch_overhead_tokens=0)
+    assert scoring.cut_batches([50, 5], settings) == [[0], [1]]
 
 
 def test_the_model_ends_responses_after_the_wanted_mean() -> None:
