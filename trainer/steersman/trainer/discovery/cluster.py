@@ -98,7 +98,7 @@ class ClusterSlices:
                 **parameters,
             )
         except client.ApiException as error:
-            raise _problem(error) from error
+            raise problem_of(error) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ApiProblem(0, f"the API server does not answer: {error}") from error
         return response
@@ -107,6 +107,14 @@ class ClusterSlices:
 def connect(service: str, namespace: str | None) -> ClusterSlices:
     """The slices of a Service, by the pod's service account or else the kubeconfig. DiscoveryRefused if there is
     neither.
+    """
+    api_client, default = load_client()
+    return ClusterSlices(api_client, namespace=namespace or default, service=service)
+
+
+def load_client() -> tuple[client.ApiClient, str]:
+    """A client by the pod's service account or else the kubeconfig, and the namespace that either names.
+    DiscoveryRefused if there is neither. The client never tries again by itself.
     """
     settings = client.Configuration()
     # urllib3 would sleep for as long as Retry-After says, and no stop would reach it.
@@ -124,7 +132,7 @@ def connect(service: str, namespace: str | None) -> ClusterSlices:
                 f"({error}). Set KUBECONFIG, or automountServiceAccountToken: true"
             )
             raise DiscoveryRefused(message) from error
-    return ClusterSlices(client.ApiClient(settings), namespace=namespace or default, service=service)
+    return client.ApiClient(settings), default
 
 
 def _events(response: urllib3.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -141,7 +149,8 @@ def _events(response: urllib3.HTTPResponse) -> Iterator[dict[str, Any]]:
         raise ValueError("it ended in the middle of an event")
 
 
-def _problem(error: Any) -> ApiProblem:
+def problem_of(error: Any) -> ApiProblem:
+    """What an `ApiException` of the client says."""
     message = error.reason or "no reason"
     with suppress(ValueError, KeyError, TypeError):  # a proxy's page, or nothing: the reason must do
         message = json.loads(error.body)["message"] or message
