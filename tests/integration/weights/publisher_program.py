@@ -25,7 +25,7 @@ from tiny_versions import image_of
 
 from steersman.client.types import Activation, Push, PushReceipt, RelayHop, TensorSpec, WeightChunk, WeightSnapshot
 from steersman.client.weights import AsyncWeightClient
-from steersman.trainer.retry import Backoff
+from steersman.trainer.retry import Backoff, GaveUp, Waits, retry
 from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.ports import WeightsRefused
 from steersman.trainer.weights.publication import QuorumNotStaged
@@ -148,6 +148,7 @@ class Program:
         self._model = model
         self._faults = Faults()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._backoff, self._waits = Backoff(initial_seconds=0.1, max_seconds=0.5, give_up_seconds=60.0), Waits()
         topology = Topology(settings.pop("topology", "direct"))
         self._publisher = Publisher(
             self._connect,
@@ -158,7 +159,8 @@ class Program:
                 encoding=PushEncoding.DELTA,
                 **settings,
             ),
-            backoff=Backoff(initial_seconds=0.1, max_seconds=0.5),
+            backoff=self._backoff,
+            waits=self._waits,
             delivery=RelayDelivery(RelaySettings(topology=topology)),
         )
 
@@ -178,11 +180,12 @@ class Program:
                 case "publish":
                     await self._publish(command["step"], command.get("faults", []))
                 case "ensure":
-                    await self._publisher.ensure_current(command["target"])
-                    say("current", target=command["target"], version=str(self._publisher.wanted))
+                    await self._ensure(command["target"])
                 case "go":
                     self._faults.go.set()
-        except (SteersmanError, WeightsRefused) as error:
+        except WeightsRefused as error:
+            say("refused", message=str(error))
+        except (SteersmanError, GaveUp) as error:
             say("failed", kind=type(error).__name__, message=str(error))
 
     async def _publish(self, step: int, faults: Sequence[dict[str, Any]]) -> None:
@@ -195,6 +198,12 @@ class Program:
             say("given_up", version=str(version), message=str(error))
             return
         say("published", version=str(version), failures=report.failures, delta_share=report.delta_share)
+
+    async def _ensure(self, target: str) -> None:
+        await retry(
+            lambda: self._publisher.ensure_current(target), what=target, backoff=self._backoff, waits=self._waits
+        )
+        say("current", target=target, version=str(self._publisher.wanted))
 
     def _connect(self, target: str) -> FaultyClient:
         client = FaultyClient(target)

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from tiny_fleet import START, WAIT_S, Fleet, Trainer
@@ -25,7 +24,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 async def test_a_trainer_killed_in_mid_push(fleet: Fleet) -> None:
     first, second, _ = fleet.targets
     targets = [first, second]
-    async with Trainer.of(fleet, "sender.1", targets) as trainer:
+    # A push that waits for a quorum is leased for longer than this test waits for anything.
+    async with Trainer.of(fleet, "sender.1", targets, activation="all_or_nothing") as trainer:
         await trainer.publish(1)
         async with AsyncPolicyClient(first) as client:
             running = asyncio.create_task(client.generate([5, 6], max_tokens=400, ignore_eos=True, timeout=WAIT_S))
@@ -35,7 +35,7 @@ async def test_a_trainer_killed_in_mid_push(fleet: Fleet) -> None:
             assert (await fleet.state(first)).pushing == trainer.version(2)
             await trainer.kill()
             fleet.open(first, "receive")
-            await fleet.until_free(first)  # at once; the lease would have gone on for 20 s
+            await fleet.until_free(first)
             await fleet.assert_serves(trainer.version(1), first)
             (sample,) = await running
         fleet.assert_drawn_from([trainer.version(1)], [5, 6], sample)
@@ -81,6 +81,24 @@ async def test_a_replica_killed_in_the_middle(fleet: Fleet, gate: str) -> None:
         await fleet.assert_serves(START, victim)
         await trainer.ensure(victim)
         await fleet.assert_serves(trainer.version(2), victim)
+
+
+async def test_a_relay_whose_middle_stands_still(fleet: Fleet) -> None:
+    first, middle, last = fleet.targets
+    async with Trainer.of(fleet, "still.1", topology="chain", stage_timeout_seconds=15.0) as trainer:
+        await trainer.publish(1)
+        await trainer.tell("publish", step=2, faults=[{"target": first, "call": "push", "kind": "hold", "chunk": 8}])
+        await trainer.expect("held", target=first)
+        fleet.kill(middle, signal.SIGSTOP)
+        try:
+            await trainer.tell("go")
+            report = await trainer.expect("published")
+            assert report["failures"] == {middle: "has not staged in time"}
+            await fleet.assert_serves(trainer.version(2), first, last)
+        finally:
+            fleet.kill(middle, signal.SIGCONT)
+        await trainer.ensure(middle)
+        await fleet.assert_serves(trainer.version(2), middle)
 
 
 async def test_a_relay_whose_middle_is_killed(fleet: Fleet) -> None:

@@ -22,7 +22,7 @@ from steersman.client.types import FinishReason, Sample, WeightState
 from steersman.client.weights import AsyncWeightClient
 from steersman.wire.identity import WeightVersion
 
-WAIT_S = 120.0
+WAIT_S = 90.0
 TOLERANCE = 1e-4
 """Largest difference of float32 log-probs between vLLM and transformers that is rounding."""
 START = WeightVersion()
@@ -124,6 +124,7 @@ class Fleet:
     def _spec(self, target: str) -> ServiceSpec:
         arguments = ["--model", str(self.model), "--dtype", "float32", "--kv-cache-mib", "32", "--max-num-seqs", "8"]
         arguments += ["--load-chunk-bytes", "65536", "--port", target.rpartition(":")[2], "--metrics-port", "0"]
+        arguments += ["--relay-stall-seconds", "1"]
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if (gates := self._gates.get(target)) is None:
             return ServiceSpec.of("policy", arguments, address=target, name=target, environment=environment)
@@ -197,6 +198,7 @@ class Trainer:
                     found = await self._next()
                     if found.items() >= ({"event": event} | what).items():
                         return found
+                    assert found["event"] != "failed", f"waited for {event} {what}: {self.events}"
         except TimeoutError:
             raise AssertionError(f"no {event} {what} among {self.events}") from None
 
