@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteersman/v1/trainer.proto\x12\x0csteersman.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x85\x02\n\x0cJobResources\x12\x15\n\rnum_processes\x18\x01 \x01(\x05\x12\x18\n\x10gpus_per_process\x18\x02 \x01(\x05\x12\x18\n\x10\x63pus_per_process\x18\x03 \x01(\x01\x12 \n\x18memory_bytes_per_process\x18\x04 \x01(\x03\x12\x12\n\nqueue_name\x18\x05 \x01(\t\x12\x36\n\x06labels\x18\x06 \x03(\x0b\x32&.steersman.v1.JobResources.LabelsEntry\x12\r\n\x05image\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x01\n\x07JobSpec\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.steersman.v1.JobKind\x12\'\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12-\n\tresources\x18\x03 \x01(\x0b\x32\x1a.steersman.v1.JobResources\"A\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xd5\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.steersman.v1.JobSpec\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.steersman.v1.JobState\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x19.steersman.v1.JobProgress\x12\x15\n\rrun_directory\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cnum_attempts\x18\n \x01(\x05\"^\n\x10\x43reateJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.steersman.v1.JobSpec\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"3\n\x11\x43reateJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"0\n\x0eGetJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"`\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12&\n\x06states\x18\x03 \x03(\x0e\x32\x16.steersman.v1.JobState\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.steersman.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"3\n\x11\x43\x61ncelJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"\"\n\x10ResumeJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"3\n\x11ResumeJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"9\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x81\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x35\n\x06values\x18\x02 \x03(\x0b\x32%.steersman.v1.StepMetrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf0\x01\n\x10WatchJobResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0cstate_change\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.JobStateChangeH\x00\x12-\n\x08progress\x18\x04 \x01(\x0b\x32\x19.steersman.v1.JobProgressH\x00\x12,\n\x07metrics\x18\x05 \x01(\x0b\x32\x19.steersman.v1.StepMetricsH\x00\x42\x07\n\x05\x65vent\"F\n\x0eJobStateChange\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.steersman.v1.JobState\x12\r\n\x05\x65rror\x18\x02 \x01(\t*b\n\x07JobKind\x12\x18\n\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cJOB_KIND_SFT\x10\x01\x12\x19\n\x15JOB_KIND_REWARD_MODEL\x10\x02\x12\x10\n\x0cJOB_KIND_PPO\x10\x03*\xb5\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\xd7\x03\n\x0eTrainerService\x12L\n\tCreateJob\x12\x1e.steersman.v1.CreateJobRequest\x1a\x1f.steersman.v1.CreateJobResponse\x12\x43\n\x06GetJob\x12\x1b.steersman.v1.GetJobRequest\x1a\x1c.steersman.v1.GetJobResponse\x12I\n\x08ListJobs\x12\x1d.steersman.v1.ListJobsRequest\x1a\x1e.steersman.v1.ListJobsResponse\x12L\n\tCancelJob\x12\x1e.steersman.v1.CancelJobRequest\x1a\x1f.steersman.v1.CancelJobResponse\x12L\n\tResumeJob\x12\x1e.steersman.v1.ResumeJobRequest\x1a\x1f.steersman.v1.ResumeJobResponse\x12K\n\x08WatchJob\x12\x1d.steersman.v1.WatchJobRequest\x1a\x1e.steersman.v1.WatchJobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asteersman/v1/trainer.proto\x12\x0csteersman.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x85\x02\n\x0cJobResources\x12\x15\n\rnum_processes\x18\x01 \x01(\x05\x12\x18\n\x10gpus_per_process\x18\x02 \x01(\x05\x12\x18\n\x10\x63pus_per_process\x18\x03 \x01(\x01\x12 \n\x18memory_bytes_per_process\x18\x04 \x01(\x03\x12\x12\n\nqueue_name\x18\x05 \x01(\t\x12\x36\n\x06labels\x18\x06 \x03(\x0b\x32&.steersman.v1.JobResources.LabelsEntry\x12\r\n\x05image\x18\x07 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x01\n\x07JobSpec\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.steersman.v1.JobKind\x12\'\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12-\n\tresources\x18\x03 \x01(\x0b\x32\x1a.steersman.v1.JobResources\"A\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x03\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xd5\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.steersman.v1.JobSpec\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.steersman.v1.JobState\x12+\n\x08progress\x18\x04 \x01(\x0b\x32\x19.steersman.v1.JobProgress\x12\x15\n\rrun_directory\x18\x05 \x01(\t\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cnum_attempts\x18\n \x01(\x05\"^\n\x10\x43reateJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.steersman.v1.JobSpec\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"I\n\x11\x43reateJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\x12\x14\n\x0cobjects_yaml\x18\x02 \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"0\n\x0eGetJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"`\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12&\n\x06states\x18\x03 \x03(\x0e\x32\x16.steersman.v1.JobState\"L\n\x10ListJobsResponse\x12\x1f\n\x04jobs\x18\x01 \x03(\x0b\x32\x11.steersman.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"3\n\x11\x43\x61ncelJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"\"\n\x10ResumeJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"3\n\x11ResumeJobResponse\x12\x1e\n\x03job\x18\x01 \x01(\x0b\x32\x11.steersman.v1.Job\"9\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\x81\x01\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x35\n\x06values\x18\x02 \x03(\x0b\x32%.steersman.v1.StepMetrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xf0\x01\n\x10WatchJobResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x0cstate_change\x18\x03 \x01(\x0b\x32\x1c.steersman.v1.JobStateChangeH\x00\x12-\n\x08progress\x18\x04 \x01(\x0b\x32\x19.steersman.v1.JobProgressH\x00\x12,\n\x07metrics\x18\x05 \x01(\x0b\x32\x19.steersman.v1.StepMetricsH\x00\x42\x07\n\x05\x65vent\"F\n\x0eJobStateChange\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.steersman.v1.JobState\x12\r\n\x05\x65rror\x18\x02 \x01(\t*b\n\x07JobKind\x12\x18\n\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cJOB_KIND_SFT\x10\x01\x12\x19\n\x15JOB_KIND_REWARD_MODEL\x10\x02\x12\x10\n\x0cJOB_KIND_PPO\x10\x03*\xb5\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\xd7\x03\n\x0eTrainerService\x12L\n\tCreateJob\x12\x1e.steersman.v1.CreateJobRequest\x1a\x1f.steersman.v1.CreateJobResponse\x12\x43\n\x06GetJob\x12\x1b.steersman.v1.GetJobRequest\x1a\x1c.steersman.v1.GetJobResponse\x12I\n\x08ListJobs\x12\x1d.steersman.v1.ListJobsRequest\x1a\x1e.steersman.v1.ListJobsResponse\x12L\n\tCancelJob\x12\x1e.steersman.v1.CancelJobRequest\x1a\x1f.steersman.v1.CancelJobResponse\x12L\n\tResumeJob\x12\x1e.steersman.v1.ResumeJobRequest\x1a\x1f.steersman.v1.ResumeJobResponse\x12K\n\x08WatchJob\x12\x1d.steersman.v1.WatchJobRequest\x1a\x1e.steersman.v1.WatchJobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBRESOURCES_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_STEPMETRICS_VALUESENTRY']._loaded_options = None
   _globals['_STEPMETRICS_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_JOBKIND']._serialized_start=2011
-  _globals['_JOBKIND']._serialized_end=2109
-  _globals['_JOBSTATE']._serialized_start=2112
-  _globals['_JOBSTATE']._serialized_end=2293
+  _globals['_JOBKIND']._serialized_start=2033
+  _globals['_JOBKIND']._serialized_end=2131
+  _globals['_JOBSTATE']._serialized_start=2134
+  _globals['_JOBSTATE']._serialized_end=2315
   _globals['_JOBRESOURCES']._serialized_start=108
   _globals['_JOBRESOURCES']._serialized_end=369
   _globals['_JOBRESOURCES_LABELSENTRY']._serialized_start=324
@@ -54,33 +54,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEJOBREQUEST']._serialized_start=919
   _globals['_CREATEJOBREQUEST']._serialized_end=1013
   _globals['_CREATEJOBRESPONSE']._serialized_start=1015
-  _globals['_CREATEJOBRESPONSE']._serialized_end=1066
-  _globals['_GETJOBREQUEST']._serialized_start=1068
-  _globals['_GETJOBREQUEST']._serialized_end=1099
-  _globals['_GETJOBRESPONSE']._serialized_start=1101
-  _globals['_GETJOBRESPONSE']._serialized_end=1149
-  _globals['_LISTJOBSREQUEST']._serialized_start=1151
-  _globals['_LISTJOBSREQUEST']._serialized_end=1247
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1249
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1325
-  _globals['_CANCELJOBREQUEST']._serialized_start=1327
-  _globals['_CANCELJOBREQUEST']._serialized_end=1361
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1363
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1414
-  _globals['_RESUMEJOBREQUEST']._serialized_start=1416
-  _globals['_RESUMEJOBREQUEST']._serialized_end=1450
-  _globals['_RESUMEJOBRESPONSE']._serialized_start=1452
-  _globals['_RESUMEJOBRESPONSE']._serialized_end=1503
-  _globals['_WATCHJOBREQUEST']._serialized_start=1505
-  _globals['_WATCHJOBREQUEST']._serialized_end=1562
-  _globals['_STEPMETRICS']._serialized_start=1565
-  _globals['_STEPMETRICS']._serialized_end=1694
-  _globals['_STEPMETRICS_VALUESENTRY']._serialized_start=1649
-  _globals['_STEPMETRICS_VALUESENTRY']._serialized_end=1694
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1697
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1937
-  _globals['_JOBSTATECHANGE']._serialized_start=1939
-  _globals['_JOBSTATECHANGE']._serialized_end=2009
-  _globals['_TRAINERSERVICE']._serialized_start=2296
-  _globals['_TRAINERSERVICE']._serialized_end=2767
+  _globals['_CREATEJOBRESPONSE']._serialized_end=1088
+  _globals['_GETJOBREQUEST']._serialized_start=1090
+  _globals['_GETJOBREQUEST']._serialized_end=1121
+  _globals['_GETJOBRESPONSE']._serialized_start=1123
+  _globals['_GETJOBRESPONSE']._serialized_end=1171
+  _globals['_LISTJOBSREQUEST']._serialized_start=1173
+  _globals['_LISTJOBSREQUEST']._serialized_end=1269
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1271
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1347
+  _globals['_CANCELJOBREQUEST']._serialized_start=1349
+  _globals['_CANCELJOBREQUEST']._serialized_end=1383
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1385
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1436
+  _globals['_RESUMEJOBREQUEST']._serialized_start=1438
+  _globals['_RESUMEJOBREQUEST']._serialized_end=1472
+  _globals['_RESUMEJOBRESPONSE']._serialized_start=1474
+  _globals['_RESUMEJOBRESPONSE']._serialized_end=1525
+  _globals['_WATCHJOBREQUEST']._serialized_start=1527
+  _globals['_WATCHJOBREQUEST']._serialized_end=1584
+  _globals['_STEPMETRICS']._serialized_start=1587
+  _globals['_STEPMETRICS']._serialized_end=1716
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_start=1671
+  _globals['_STEPMETRICS_VALUESENTRY']._serialized_end=1716
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1719
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1959
+  _globals['_JOBSTATECHANGE']._serialized_start=1961
+  _globals['_JOBSTATECHANGE']._serialized_end=2031
+  _globals['_TRAINERSERVICE']._serialized_start=2318
+  _globals['_TRAINERSERVICE']._serialized_end=2789
 # @@protoc_insertion_point(module_scope)

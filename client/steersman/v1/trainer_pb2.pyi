@@ -119,10 +119,12 @@ class CreateJobRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., validate_only: bool = ...) -> None: ...
 
 class CreateJobResponse(_message.Message):
-    __slots__ = ("job",)
+    __slots__ = ("job", "objects_yaml")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    OBJECTS_YAML_FIELD_NUMBER: _ClassVar[int]
     job: Job
-    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+    objects_yaml: str
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., objects_yaml: _Optional[str] = ...) -> None: ...
 
 class GetJobRequest(_message.Message):
     __slots__ = ("job_id",)

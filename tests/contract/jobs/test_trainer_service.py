@@ -35,6 +35,9 @@ class FakeLauncher:
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
         return [FieldViolation(field="spec.resources.image", description="none here")] if resources.image else []
 
+    async def describe(self, run_directory: Path, spec: JobSpec) -> str:
+        return f"kind: Job of {run_directory.name}"
+
     async def launch(self, run_directory: Path, resources: JobResources) -> str:
         self.launched.append(run_directory)
         return f"worker-{len(self.launched)}"

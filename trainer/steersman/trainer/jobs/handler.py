@@ -25,7 +25,7 @@ from steersman.trainer.jobs.model import (
     JobState,
 )
 from steersman.trainer.jobs.monitor import Monitor
-from steersman.trainer.jobs.store import DATABASE_FILE, JobStore, dump_spec
+from steersman.trainer.jobs.store import DATABASE_FILE, JobStore, Journal, dump_spec
 from steersman.trainer.jobs.validation import Validator
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
 from steersman.wire.limits import MIB
@@ -58,12 +58,13 @@ class JobsHandler:
         max_running_jobs: int = 4,
         cancel_grace_seconds: float = 60.0,
         max_attempts: int = 1,
+        journal: Journal = "wal",
     ) -> None:
         self._runs = runs_directory.resolve()
         self._database = self._runs / DATABASE_FILE
-        self._store = JobStore(self._database)
+        self._store = JobStore(self._database, journal=journal)
         # Never writes: only so does its data_version change with every commit.
-        self._ticker_store = JobStore(self._database)
+        self._ticker_store = JobStore(self._database, journal=None)
         self._launcher = launcher
         self._validator = validator
         self._max_running_jobs = max_running_jobs
@@ -142,6 +143,10 @@ class JobsHandler:
                 why = getattr(error, "strerror", None) or str(error)
                 raise unavailable(f"the runs directory of the service cannot be written to: {why}") from error
             raise
+
+    async def describe(self, job: Job) -> str:
+        """The objects that starting a job would make, as YAML; empty if it would be a process of this machine."""
+        return await self._launcher.describe(Path(job.run_directory), job.spec)
 
     async def get(self, job_id: str) -> Job:
         """The job. Errors: NOT_FOUND."""

@@ -5,6 +5,7 @@ does not reach them. A process is known by its id *and* its start time, because 
 """
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -19,21 +20,37 @@ from typing import Final, Protocol
 import psutil
 
 from steersman.trainer.jobs.folder import LOG_FILE
-from steersman.trainer.jobs.model import JobResources
+from steersman.trainer.jobs.model import JobResources, JobSpec
 from steersman.wire.errors import FieldViolation
 
 # sysexits.h EX_TEMPFAIL: the worker found another worker in its run folder.
 EXIT_FOLDER_IN_USE: Final = 75
+# 128 + SIGTERM: the worker wrote its checkpoint because it was told to stop, and whoever told it starts it again.
+EXIT_STOPPED: Final = 143
+
+# Environment of a worker that something else than this service starts again: the handle that it is known by.
+ENV_HANDLE: Final = "STEERSMAN_WORKER_HANDLE"
 
 REAP_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStatus:
-    """Whether a worker lives, and how it ended as far as that is known."""
+    """Whether a worker lives, and how it ended as far as that is known.
+
+    `waiting` says why a worker that lives does not run yet: no node, no image, no quota.
+    """
 
     alive: bool
     ending: str = ""
+    waiting: str = ""
+
+
+class LaunchRefused(OSError):
+    """A worker cannot be started, and trying again will not help; `strerror` says why and what to do."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.ENOEXEC, why)
 
 
 class Launcher(Protocol):
@@ -42,8 +59,12 @@ class Launcher(Protocol):
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
         """What this launcher cannot give; empty if it can give everything asked for."""
 
+    async def describe(self, run_directory: Path, spec: JobSpec) -> str:
+        """What `launch` would make, as YAML for people and for kubectl; empty if that is a process only."""
+
     async def launch(self, run_directory: Path, resources: JobResources) -> str:
-        """Starts a worker for a run folder; returns its handle. OSError if it cannot start."""
+        """Starts a worker for a run folder; returns its handle. OSError if it cannot start; ENGINE_UNAVAILABLE if it
+        cannot now, but may later."""
 
     async def status(self, handle: str) -> WorkerStatus:
         """Whether the worker lives."""
@@ -89,6 +110,10 @@ class LocalLauncher:
             for name, (value, allowed, fine) in bounds.items()
             if not fine
         ]
+
+    async def describe(self, run_directory: Path, spec: JobSpec) -> str:
+        """See `Launcher`."""
+        return ""
 
     async def launch(self, run_directory: Path, resources: JobResources) -> str:
         """See `Launcher`. What the worker prints goes to log.txt of the run folder."""

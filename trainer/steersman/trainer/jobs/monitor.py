@@ -6,6 +6,7 @@ Stateless between looks: everything it decides on is in the store, so a new serv
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -68,7 +69,9 @@ class Monitor:
         status = await self._launcher.status(job.handle)
         if not status.alive:
             await self._end(job, status)
-        elif job.state is JobState.CANCELLING:
+            return
+        await self._tell(job, status.waiting)
+        if job.state is JobState.CANCELLING:
             if time.time() - (job.cancel_time or 0.0) > self._cancel_grace_seconds:
                 logger.warning("job does not stop, killing it", extra={"job": job.id})
                 await self._launcher.kill(job.handle)
@@ -85,8 +88,19 @@ class Monitor:
         except OSError as error:
             await self._fail(job, f"cannot start a worker: {error.strerror}")
             return
+        except SteersmanError as error:
+            if error.reason is not Reason.ENGINE_UNAVAILABLE:
+                raise
+            await self._tell(job, f"cannot start a worker yet: {error.message}")
+            return
         await asyncio.to_thread(self._store.set_handle, job.id, handle)
         logger.info("job started", extra={"job": job.id, "worker": handle})
+
+    async def _tell(self, job: Job, message: str) -> None:
+        """Says what a job waits for, once."""
+        if message and message != job.progress.message:
+            progress = replace(job.progress, message=message)
+            await asyncio.to_thread(self._store.append, job.id, [progress])
 
     async def _fail(self, job: Job, why: str) -> None:
         ended = JobState.CANCELLED if job.state is JobState.CANCELLING else JobState.FAILED

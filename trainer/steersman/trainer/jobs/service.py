@@ -1,5 +1,6 @@
 """TrainerService as the serving runtime runs it."""
 
+import os
 from collections.abc import Sequence
 
 import grpc
@@ -51,11 +52,42 @@ async def build(
     """The service with its handler started: jobs of an earlier service are adopted before the first call."""
     handler = JobsHandler(
         settings.runs_directory,
-        launcher=launcher or LocalLauncher(),
+        launcher=launcher or make_launcher(settings),
         validator=validator or SettingsValidator(),
         max_running_jobs=settings.max_running_jobs,
         cancel_grace_seconds=settings.cancel_grace_seconds,
         max_attempts=settings.max_attempts,
+        # Pods are on several machines, which share no memory.
+        journal="wal" if settings.launcher == "local" else "delete",
     )
     await handler.start()
     return TrainerServer(handler, metrics)
+
+
+def make_launcher(settings: TrainerSettings) -> Launcher:
+    """The launcher of the settings. ValueError if it cannot be made here."""
+    cluster = settings.kubernetes
+    if settings.launcher == "local" or cluster is None:
+        return LocalLauncher()
+    try:
+        from steersman.trainer.jobs.kubernetes.cluster import connect  # needs an optional package
+    except ImportError as error:
+        raise ValueError(f"launcher kubernetes needs the package kubernetes ({error})") from None
+    from steersman.trainer.discovery.ports import DiscoveryRefused
+    from steersman.trainer.jobs.kubernetes.launcher import KubernetesLauncher
+
+    runs = settings.runs_directory.resolve()
+    if cluster.run_mount_path is not None and not runs.is_relative_to(cluster.run_mount_path):
+        raise ValueError(f"kubernetes.run_mount_path is {cluster.run_mount_path}, allowed: {runs} or a folder above it")
+    user, group = os.getuid(), os.getgid()
+    for name, given, own in (
+        ("run_as_user", cluster.run_as_user, user),
+        ("run_as_group", cluster.run_as_group, group),
+    ):
+        if given is None and own == 0:
+            raise ValueError(f"kubernetes.{name} is none, and this service runs as root; allowed: an id of 1 or more")
+    try:
+        api = connect(cluster.namespace, cluster.request_seconds)
+    except DiscoveryRefused as error:
+        raise ValueError(str(error)) from error
+    return KubernetesLauncher(cluster, api, user=user, group=group)

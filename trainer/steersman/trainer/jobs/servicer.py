@@ -24,7 +24,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """Checks a job and starts it."""
         spec = convert.spec_from_proto(request.spec)
         job = await self._handler.create(request.job_id, spec, validate_only=request.validate_only)
-        return trainer_pb2.CreateJobResponse(job=convert.job_to_proto(job))
+        objects = await self._handler.describe(job) if request.validate_only else ""
+        return trainer_pb2.CreateJobResponse(job=convert.job_to_proto(job), objects_yaml=objects)
 
     async def GetJob(  # type: ignore[override]  # noqa: N802
         self, request: trainer_pb2.GetJobRequest, context: Context

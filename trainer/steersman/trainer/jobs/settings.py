@@ -1,10 +1,12 @@
 """Settings of the trainer service."""
 
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from steersman.serving.settings import ServerSettings
+from steersman.trainer.jobs.kubernetes.settings import KubernetesSettings
 
 
 class TrainerSettings(ServerSettings):
@@ -30,3 +32,13 @@ class TrainerSettings(ServerSettings):
         description="Starts of a job whose worker dies without a word (killed, out of memory) before the job fails; "
         "each goes on from the last checkpoint.",
     )
+    launcher: Literal["local", "kubernetes"] = Field(
+        "local", description="Where jobs run: as processes of this machine, or as Kubernetes Jobs."
+    )
+    kubernetes: KubernetesSettings | None = Field(None, description="The cluster, for launcher kubernetes.")
+
+    @model_validator(mode="after")
+    def _cluster_is_described(self) -> Self:
+        if self.launcher == "kubernetes" and self.kubernetes is None:
+            raise ValueError("kubernetes: is none; launcher kubernetes needs its image and run_claim at least")
+        return self

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from steersman.trainer.jobs.model import (
     ACTIVE_STATES,
@@ -40,6 +40,8 @@ BUSY_TIMEOUT_SECONDS: Final = 30.0
 RETRY_AFTER_SECONDS: Final = 30.0
 
 SCHEMA_VERSION: Final = 1
+
+Journal = Literal["wal", "delete"]
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -75,18 +77,23 @@ class JobStore:
     """One connection to the database. Methods block for a short transaction; call them off the event loop.
 
     Thread-safe: calls take turns.
+
+    `journal` is how commits are made whole: "wal", the faster, needs all processes on one machine, since they share
+    memory; "delete" needs only a file system whose locks hold between machines. None leaves it as the service chose.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, journal: Journal | None = "wal") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._turn = threading.Lock()
         self._connection = sqlite3.connect(
             path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
         self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        # A power cut may lose the last events, never the consistency; metrics.jsonl has them all.
-        self._connection.execute("PRAGMA synchronous = NORMAL")
+        if journal is not None:
+            self._choose_journal(path, journal)
+        (mode,) = self._connection.execute("PRAGMA journal_mode").fetchone()
+        # With a WAL a power cut may lose the last events, never the consistency; metrics.jsonl has them all.
+        self._connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
         with self._transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
@@ -96,6 +103,16 @@ class JobStore:
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _choose_journal(self, path: Path, journal: Journal) -> None:
+        try:
+            (mode,) = self._connection.execute(f"PRAGMA journal_mode = {journal}").fetchone()
+        except sqlite3.OperationalError as error:
+            mode = str(error)
+        if mode != journal:
+            self._connection.close()
+            message = f"{path} cannot be used with journal {journal} ({mode}); end the workers that have it open"
+            raise SteersmanError(Reason.INTERNAL, message)
 
     def close(self) -> None:
         """Closes the connection."""

@@ -3,7 +3,8 @@
     own the run folder -> record itself as RUNNING -> run the stage -> record how it ended
 
 Invariant: the end is recorded once, as the last thing, while the folder is still owned; a worker that dies before is
-noticed by the service. SIGTERM asks the stage to write a checkpoint and return.
+noticed by the service. SIGTERM asks the stage to write a checkpoint and return. Where a cluster started the worker, and
+takes its node away, the job is PENDING then, and the cluster starts it again.
 """
 
 import json
@@ -21,7 +22,7 @@ from typing import Final
 from steersman.serving import logging as serving_logging
 from steersman.trainer.jobs import folder
 from steersman.trainer.jobs.events import EventWriter
-from steersman.trainer.jobs.launcher import EXIT_FOLDER_IN_USE, process_handle
+from steersman.trainer.jobs.launcher import ENV_HANDLE, EXIT_FOLDER_IN_USE, EXIT_STOPPED, process_handle
 from steersman.trainer.jobs.model import JobState
 from steersman.trainer.jobs.registry import STAGES, Stages
 from steersman.trainer.jobs.store import JobStore
@@ -35,6 +36,8 @@ EXIT_USAGE: Final = 2
 
 # The worker before may have recorded its end and not yet be gone; the service may be looking at the lock.
 OWN_PATIENCE_SECONDS: Final = 5.0
+# The node before may have died: a network file system frees its locks when their lease ends (NFS: 90 s by default).
+CLUSTER_PATIENCE_SECONDS: Final = 150.0
 
 
 class StopFlag:
@@ -53,7 +56,8 @@ class StopFlag:
 
 
 def main(argv: Sequence[str] | None = None, stages: Stages = STAGES) -> int:
-    """Runs the job of a run folder to its end. Returns 0 if it succeeded or was cancelled."""
+    """Runs the job of a run folder to its end. Returns 0 if it succeeded or was cancelled, EXIT_STOPPED if it is to be
+    started again."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
         sys.stderr.write("usage: python -m steersman.trainer.jobs.worker RUN_DIR\n")
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None, stages: Stages = STAGES) -> int:
     stop = StopFlag()
     serving_logging.configure("worker", os.environ.get("STEERSMAN_LOG_LEVEL", "info"), "text")
     directory = Path(arguments[0]).resolve()
-    deadline = time.monotonic() + OWN_PATIENCE_SECONDS
+    patience = CLUSTER_PATIENCE_SECONDS if ENV_HANDLE in os.environ else OWN_PATIENCE_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         try:
             with folder.own(directory):
@@ -76,10 +81,11 @@ def main(argv: Sequence[str] | None = None, stages: Stages = STAGES) -> int:
 
 def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
     job_file = folder.read_job_file(directory)
-    store = JobStore(directory / job_file.database)
+    cluster_handle = os.environ.get(ENV_HANDLE, "")
+    store = JobStore(directory / job_file.database, journal=None)
     try:
         try:
-            job = store.begin(job_file.job_id, process_handle(os.getpid()))
+            job = store.begin(job_file.job_id, cluster_handle or process_handle(os.getpid()))
         except SteersmanError as error:
             # It was cancelled before this worker was up.
             logger.warning("not started: %s", error)
@@ -89,6 +95,10 @@ def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
         if job.state is JobState.RUNNING:
             state, error_text = _run_stage(directory, job_file, store, stop, stages)
         if state is JobState.CANCELLED and store.get(job.id).state is not JobState.CANCELLING:
+            if cluster_handle:
+                store.move(job.id, JobState.PENDING, error="the cluster took its node; its checkpoint is written")
+                logger.info("job was stopped, to be started again", extra={"job": job.id})
+                return EXIT_STOPPED
             state = JobState.FAILED
             error_text = "the worker was told to stop (SIGTERM) by someone else than CancelJob; resume it to go on"
         store.move(job.id, state, error=error_text)

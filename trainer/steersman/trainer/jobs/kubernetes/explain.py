@@ -1,0 +1,183 @@
+"""What Jobs, pods and refusals of the API server mean, and what to do about them: pure functions over its JSON."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from steersman.trainer.discovery.slice_api import ApiProblem
+from steersman.trainer.jobs.kubernetes.manifest import CONTAINER, LABEL_QUEUE
+from steersman.trainer.jobs.launcher import WorkerStatus
+
+Object = Mapping[str, Any]
+
+FIELD_MANAGER: Final = "steersman"
+
+# Requests that may succeed when they are made again, a proxy's answers among them.
+_TRANSIENT: Final = frozenset({0, 408, 429, 500, 502, 503, 504})
+_MAX_TEXT: Final = 500
+
+# Of a container that waits, by the reason that the kubelet gives.
+_CONTAINER_ADVICE: Final = {
+    "ErrImagePull": "check kubernetes.image, that nodes reach its registry, and kubernetes.image_pull_secrets",
+    "ImagePullBackOff": "check kubernetes.image, that nodes reach its registry, and kubernetes.image_pull_secrets",
+    "ErrImageNeverPull": "put the image on the node, or set kubernetes.image_pull_policy to IfNotPresent",
+    "InvalidImageName": "kubernetes.image, or the job's resources.image, is no name of an image",
+    "CreateContainerConfigError": "create the Secret that it names (kubernetes.env_from_secrets), or drop it; for a "
+    "user that is root, set kubernetes.run_as_user",
+    "CreateContainerError": "see the events of the pod",
+    "RunContainerError": "see the events of the pod; the image may have no python",
+}
+_EVENT_ADVICE: Final = {
+    "FailedMount": "create the volume's PersistentVolumeClaim, Secret or ConfigMap (kubernetes.run_claim, "
+    "kubernetes.volumes)",
+    "FailedAttachVolume": "the volume may be in use on another node: a claim that is ReadWriteOnce serves pods of one "
+    "node only",
+}
+
+
+def is_transient(problem: ApiProblem) -> bool:
+    """Whether the same request may succeed later."""
+    return problem.status in _TRANSIENT
+
+
+def explain_problem(problem: ApiProblem, *, verb: str, resource: str, namespace: str, name: str = "") -> str:
+    """Which object, why, and what to do, for a request that failed. `resource` as RBAC names it, `jobs.batch`."""
+    subject = f"{resource} {namespace}/{name}" if name else f"{resource} in namespace {namespace}"
+    why = _short(str(problem))
+    return f"cannot {verb} {subject}: {why}; {_advice(problem, verb, resource, namespace)}"
+
+
+def _advice(problem: ApiProblem, verb: str, resource: str, namespace: str) -> str:
+    text = str(problem).lower()
+    match problem.status:
+        case 0:
+            return "is the API server up, and does a NetworkPolicy or a proxy let this service reach it?"
+        case 401:
+            return "the token or certificate is not valid any more: check the ServiceAccount, or log in again"
+        case 403 if "exceeded quota" in text:
+            return "wait until other objects have ended, ask for less, or have the ResourceQuota raised"
+        case 403 if "being terminated" in text:
+            return f"the namespace {namespace} is being deleted: use another (kubernetes.namespace)"
+        case 403 if "cannot" in text and "in api group" in text:
+            group = resource.partition(".")[2]
+            name = resource.partition(".")[0]
+            rule = f"apiGroups: [{group!r}], resources: [{name!r}], verbs: [{verb!r}]"
+            return f"give this service's ServiceAccount a Role in {namespace} with {rule}"
+        case 403:
+            return "an admission policy of the cluster refuses it, and says why"
+        case 404:
+            return f"create the namespace {namespace}, or set kubernetes.namespace"
+        case 409 if "conflict" in text:
+            return (
+                f"another manager has set these fields of the same object; it was not made by {FIELD_MANAGER}, or was "
+                "changed by hand: delete it, and resume the job"
+            )
+        case 409:
+            return "an object of this name is in the way: delete it, and resume the job"
+        case 400 | 422:
+            return "a setting under kubernetes does not suit this cluster: the message names its field"
+        case 429:
+            return "the API server is busy; it is asked again when it says"
+        case _:
+            return "see the logs of the API server"
+
+
+def job_status(job: Object, pods: Sequence[Object], events_of: Callable[[str], Iterable[Object]]) -> WorkerStatus:
+    """How the worker of a Job is. `events_of` lists the events of an object by its uid; asked only if they are needed.
+
+    Alive until the Job has a condition Complete or Failed: then no pod of it runs any more.
+    """
+    conditions = _conditions(job)
+    if "Complete" in conditions:
+        return WorkerStatus(alive=False, ending="ended well")
+    if (failed := conditions.get("Failed")) is not None:
+        return WorkerStatus(alive=False, ending=_ending(failed, pods))
+    if job["metadata"].get("deletionTimestamp"):
+        return WorkerStatus(alive=True)
+    current = [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
+    if current:
+        return WorkerStatus(alive=True, waiting=_pod_waits(current[-1], events_of))
+    return WorkerStatus(alive=True, waiting=_job_waits(job, conditions, events_of))
+
+
+def _ending(failed: Object, pods: Sequence[Object]) -> str:
+    """Why a Job failed, from the last pod that still can be seen."""
+    for pod in reversed(pods):
+        name, status = pod["metadata"]["name"], pod.get("status", {})
+        for container in status.get("containerStatuses") or ():
+            ended = (container.get("state") or {}).get("terminated")
+            if container.get("name") != CONTAINER or not ended:
+                continue
+            tail = _short(ended.get("message") or "", keep_end=True)
+            return f"{_exit(ended)} in pod {name}" + (f"; it printed last:\n{tail}" if tail else "")
+        if reason := status.get("reason"):
+            return f"was ended with pod {name}: {reason}: {_short(status.get('message') or '')}"
+    return f"ended, and its pod is gone: {failed.get('reason', '')}: {_short(failed.get('message') or '')}"
+
+
+def _exit(ended: Object) -> str:
+    if ended.get("reason") == "OOMKilled":
+        return "was killed: it needed more than its memory limit (raise resources.memory_bytes_per_process)"
+    code = ended.get("exitCode", 0)
+    return f"was killed by signal {code - 128}" if code > 128 else f"exited with status {code}"
+
+
+def _pod_waits(pod: Object, events_of: Callable[[str], Iterable[Object]]) -> str:
+    """Why a pod does not run yet; empty once it does."""
+    metadata, status = pod["metadata"], pod.get("status", {})
+    if metadata.get("deletionTimestamp"):
+        return f"pod {metadata['name']} is being ended by the cluster; the next one goes on from the last checkpoint"
+    if status.get("phase") == "Running":
+        return ""
+    what = f"pod {metadata['name']} waits"
+    placed = _conditions(pod, value="False").get("PodScheduled")
+    if placed is not None:
+        advice = "free or add such a node, ask for less, or see kubernetes.node_selector and kubernetes.tolerations"
+        if placed.get("reason") == "SchedulingGated":
+            advice = "what gated it must let it go"
+        return f"{what}: {placed.get('reason')}: {_short(placed.get('message') or '')}; {advice}"
+    for container in status.get("containerStatuses") or ():
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if (reason := waiting.get("reason", "")) in _CONTAINER_ADVICE:
+            return f"{what}: {reason}: {_short(waiting.get('message') or '')}; {_CONTAINER_ADVICE[reason]}"
+    for event in _newest_first(events_of(metadata["uid"])):
+        if (reason := event.get("reason", "")) in _EVENT_ADVICE:
+            return f"{what}: {reason}: {_short(event.get('message') or '')}; {_EVENT_ADVICE[reason]}"
+    return f"{what}: its node prepares it"
+
+
+def _job_waits(job: Object, conditions: Mapping[str, Object], events_of: Callable[[str], Iterable[Object]]) -> str:
+    """Why a Job has no pod."""
+    metadata = job["metadata"]
+    what = f"Job {metadata['name']} has no pod yet"
+    if job.get("spec", {}).get("suspend"):
+        queue = (metadata.get("labels") or {}).get(LABEL_QUEUE, "")
+        why = _short((conditions.get("Suspended") or {}).get("message") or "")
+        if queue:
+            return f"Job {metadata['name']} waits for Kueue to admit it from queue {queue} ({why or 'suspended'})"
+        return f"Job {metadata['name']} is suspended ({why}); set its spec.suspend to false to go on"
+    for event in _newest_first(events_of(metadata["uid"])):
+        if event.get("reason") == "FailedCreate":
+            message = event.get("message") or ""
+            advice = "an admission policy or a missing ServiceAccount is in the way"
+            if "exceeded quota" in message:
+                advice = "wait until other pods have ended, ask for less, or have the ResourceQuota raised"
+            elif "serviceaccount" in message:
+                advice = "create the ServiceAccount, or set kubernetes.service_account"
+            return f"{what}: {_short(message)}; {advice}"
+    return what
+
+
+def _conditions(thing: Object, value: str = "True") -> Mapping[str, Object]:
+    conditions = thing.get("status", {}).get("conditions") or ()
+    return {condition["type"]: condition for condition in conditions if condition.get("status") == value}
+
+
+def _newest_first(events: Iterable[Object]) -> list[Object]:
+    return sorted(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "", reverse=True)
+
+
+def _short(text: str, *, keep_end: bool = False) -> str:
+    text = text.strip()
+    if len(text) <= _MAX_TEXT:
+        return text
+    return f"...{text[-_MAX_TEXT:]}" if keep_end else f"{text[:_MAX_TEXT]}..."
