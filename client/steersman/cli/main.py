@@ -288,7 +288,15 @@ def train(
     job_id: Annotated[str | None, typer.Option(help="Id of the job. Default: the server chooses one.")] = None,
     address: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
     follow: Annotated[bool, typer.Option(help="Watch the job to its end.")] = True,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs, where jobs run in a cluster.")] = 0,
+    cpus: Annotated[float, typer.Option(min=0, max=1024, help="CPU cores. Default: the launcher's.")] = 0.0,
+    memory_gib: Annotated[float, typer.Option(min=0, max=1e6, help="Memory in GiB. Default: the launcher's.")] = 0.0,
+    queue: Annotated[str, typer.Option(help="Kueue LocalQueue that admits the job.")] = "",
+    image: Annotated[str, typer.Option(help="Container image of the worker, if the service allows it.")] = "",
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check the settings, start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings, print the Kubernetes objects, start nothing.")
+    ] = False,
 ) -> None:
     """Submit a training job, and watch it.
 
@@ -296,10 +304,23 @@ def train(
     """
     from steersman.cli import train as implementation
     from steersman.client.trainer import TrainerClient
+    from steersman.client.types import JobResources
 
     settings = implementation.read_config(config, overrides or [])
+    resources = JobResources(
+        gpus_per_process=gpus,
+        cpus_per_process=cpus,
+        memory_bytes_per_process=int(memory_gib * 2**30),
+        queue_name=queue,
+        image=image,
+    )
     with TrainerClient(address, credentials=credentials_of(context)) as client:
-        job = client.create_job(kind, settings, job_id=job_id, validate_only=validate_only)
+        if dry_run:
+            objects = client.preview_job(kind, settings, job_id=job_id, resources=resources)
+            err().print("the settings are good; nothing was started")
+            write(objects)
+            return
+        job = client.create_job(kind, settings, job_id=job_id, resources=resources, validate_only=validate_only)
         if validate_only:
             err().print("the settings are good; nothing was started")
             return

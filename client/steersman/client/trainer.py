@@ -216,6 +216,22 @@ class AsyncTrainerClient(AsyncClient):
         request = create_request(kind, config, job_id, resources, validate_only)
         return job_from_proto((await self._call(self._stub.CreateJob, request, timeout)).job)
 
+    async def preview_job(
+        self,
+        kind: JobKind | str,
+        config: Mapping[str, Any],
+        *,
+        job_id: str | None = None,
+        resources: JobResources | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Checks the settings, starts nothing, and returns the Kubernetes objects that `create_job` would make, as
+        YAML; empty where jobs are processes. Raises what `create_job` does.
+        """
+        request = create_request(kind, config, job_id, resources, validate_only=True)
+        response = await self._call(self._stub.CreateJob, request, timeout)
+        return str(response.objects_yaml)
+
     async def get_job(self, job_id: str, *, timeout: float | None = None) -> Job:
         """The job. Raises NOT_FOUND."""
         request = trainer_pb2.GetJobRequest(job_id=job_id)
@@ -291,6 +307,19 @@ class TrainerClient(Client):
         """Checks the settings and starts a job; as `AsyncTrainerClient.create_job`."""
         request = create_request(kind, config, job_id, resources, validate_only)
         return job_from_proto(self._call(self._stub.CreateJob, request, timeout).job)
+
+    def preview_job(
+        self,
+        kind: JobKind | str,
+        config: Mapping[str, Any],
+        *,
+        job_id: str | None = None,
+        resources: JobResources | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """The objects that a job would make; as `AsyncTrainerClient.preview_job`."""
+        request = create_request(kind, config, job_id, resources, validate_only=True)
+        return str(self._call(self._stub.CreateJob, request, timeout).objects_yaml)
 
     def get_job(self, job_id: str, *, timeout: float | None = None) -> Job:
         """The job. Raises NOT_FOUND."""
