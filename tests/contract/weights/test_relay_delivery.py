@@ -38,11 +38,16 @@ def content(wanted: WeightImage) -> bytes:
 
 
 class Port(AsyncWeightClient):
-    """Many small chunks, so that a stream has a middle; `routes` tells what left from here, and to whom."""
+    """Many small chunks, so that a stream has a middle; `routes` tells what left from here, and to whom. Pushes are
+    begun while the target `answers`.
+    """
 
     routes: Routes
+    answers: dict[str, asyncio.Event]
 
     async def begin(self, *args: Any, **options: Any) -> Push:
+        if self.target in self.answers:
+            await self.answers[self.target].wait()
         return replace(await super().begin(*args, **options), max_chunk_bytes=CHUNK_BYTES)
 
     async def push(self, push_id: str, chunks: Any, *, relay: Sequence[RelayHop] = (), **options: Any) -> PushReceipt:
@@ -65,6 +70,7 @@ async def publishing(
     *,
     faults: dict[int, Fault] | None = None,
     rules: RelayRules | None = None,
+    answers: dict[str, asyncio.Event] | None = None,
 ) -> AsyncIterator[tuple[Publisher, list[Node], Routes]]:
     once = ChannelSettings(retry_attempts=1, max_reconnect_seconds=0.2)
     routes: Routes = []
@@ -72,6 +78,7 @@ async def publishing(
     def connect(target: str) -> Port:
         port = Port(target, settings=once, timeout=20.0)
         port.routes = routes
+        port.answers = answers if answers is not None else {}
         return port
 
     async with fleet(num_nodes, faults=faults, rules=rules, are_open=False) as nodes:
@@ -155,6 +162,34 @@ async def test_a_fault_on_the_way_is_routed_round_within_the_publication(fault: 
         relays = [target for target in targets if target != struck and target not in near]
         assert sorted(routes) == sorted([(struck, []), *chain([*relays, *near])])
         assert serve(nodes, wanted)
+
+
+class Silent(Stuck):
+    """The replica reads no further and answers nothing."""
+
+    node: Node
+    answers: dict[str, asyncio.Event]
+
+    async def strike(self, raw: bytes) -> bytes:
+        self.answers[self.node.target] = asyncio.Event()
+        return await super().strike(raw)
+
+
+async def test_a_replica_that_answers_nothing_holds_up_nobody_behind_it() -> None:
+    fault = Silent(count=40)
+    fault.answers = {}
+    async with publishing(4, Topology.CHAIN, faults={1: fault}, answers=fault.answers) as (publisher, nodes, _):
+        fault.node = nodes[1]
+        others = [node for node in nodes if node is not fault.node]
+        publication = asyncio.create_task(publisher.publish(image(0)))
+        wanted = image(0)
+        while any(node.store.active.version != wanted.version for node in others):
+            await asyncio.sleep(0.01)
+        assert serve(others, wanted)
+        assert not publication.done()
+        fault.answers[fault.node.target].set()
+        assert (await publication).failures == {}
+        assert serve(nodes, image(0))
 
 
 class Stopping(Fault):

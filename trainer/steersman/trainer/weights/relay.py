@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 _MAX_ROUNDS: Final = 3
 # Deliveries in which the ends of a link that broke pass nothing on.
 _PROBATION: Final = 8
+# For a call that a replica which is alive answers at once: one that stands still must not hold up those behind it.
+_REOPEN_SECONDS: Final = 5.0
 _PATIENCE_PER_LEVEL_S: Final = 0.15
 """As at the replicas: those nearer to what stands still give it up first."""
 # Of the dense weights; for the choice of a topology, before a delta is encoded.
@@ -87,7 +89,8 @@ class RelayDelivery:
             if not failed:
                 break
             pending = []
-            for again in await asyncio.gather(*(_reopen(one) for one in failed)):
+            seconds = min(_REOPEN_SECONDS, self._settings.stall_seconds)
+            for again in await asyncio.gather(*(_reopen(one, seconds) for one in failed)):
                 if isinstance(again, Delivered):
                     yield again
                 else:
@@ -231,9 +234,17 @@ def _shortcoming(target: str, sent: PushReceipt, receipts: dict[str, RelayReceip
     return None
 
 
-async def _reopen(recipient: Recipient) -> Recipient | Delivered:
-    """The recipient with a new push, as the old one ended with its stream; what went wrong if it refuses."""
+async def _reopen(recipient: Recipient, seconds: float) -> Recipient | Delivered:
+    """The recipient with a new push, as the old one ended with its stream; what went wrong if it refuses, or does not
+    answer within so many seconds.
+    """
     try:
-        return replace(recipient, push_id=await recipient.reopen())
-    except SteersmanError as error:
-        return Delivered(target=recipient.target, error=error)
+        async with asyncio.timeout(seconds):
+            return replace(recipient, push_id=await recipient.reopen())
+    except SteersmanError as refusal:
+        error = refusal
+    except TimeoutError:
+        error = SteersmanError(
+            Reason.DEADLINE_EXCEEDED, f"{recipient.target} did not begin a push within {seconds:g} s"
+        )
+    return Delivered(target=recipient.target, error=error)
