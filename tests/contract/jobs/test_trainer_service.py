@@ -317,9 +317,9 @@ async def test_a_dead_worker_is_started_again_as_often_as_the_settings_say(tmp_p
 async def test_jobs_outlive_the_service(service: Fixture) -> None:
     await service.create("one")
     service.worker.begin("one", "worker-1")
-    watch = service.watch("one", after=2)
+    watch = service.watch("one", after=1)
+    await watch.read()  # so the service has the call
     waiting = asyncio.create_task(watch.read())
-    await asyncio.sleep(0)
     await service.stop()
     error = await refusal(waiting)
     assert error.reason is Reason.ENGINE_UNAVAILABLE
