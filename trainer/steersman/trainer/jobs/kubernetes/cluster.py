@@ -38,19 +38,17 @@ class Cluster:
         """One Job."""
         return self._ask(self._batch.read_namespaced_job, name, self.namespace)
 
-    def apply_job(self, manifest: Mapping[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+    def apply_job(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Server-side apply, without taking fields from other managers. Returns the object."""
         return self._ask(
             self._batch.patch_namespaced_job,
             manifest["metadata"]["name"],
             self.namespace,
-            # JSON is YAML; a string is sent as it is.
-            json.dumps(manifest),
+            dict(manifest),
             field_manager=FIELD_MANAGER,
             force=False,
             field_validation="Strict",
             _content_type="application/apply-patch+yaml",
-            **({"dry_run": "All"} if dry_run else {}),
         )
 
     def delete_job(self, name: str, uid: str, *, wait_for_pods: bool) -> None:
