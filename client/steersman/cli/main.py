@@ -184,45 +184,55 @@ def generate(
 @app.command()
 def score(
     context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Argument(help="Prompt and response a row: .jsonl, .jsonl.gz or .parquet; - is stdin.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Prompt of one inline item.")] = None,
     response: Annotated[list[str] | None, typer.Option("--response", "-r", help="Response; may be repeated.")] = None,
-    source: Annotated[
-        Path | None, typer.Option("--input", "-i", help="JSONL with prompt and response in each row; - is stdin.")
-    ] = None,
-    target: Annotated[Path, typer.Option("--output", "-o", help="JSONL, a score a row; - is stdout.")] = Path("-"),
+    source: Annotated[Path | None, typer.Option("--input", "-i", help="The file, as an option.")] = None,
+    target: Annotated[
+        Path, typer.Option("--output", "-o", help="A score a row: .jsonl or .parquet; - is stdout.")
+    ] = Path("-"),
     address: RewardAddress = DEFAULT_ADDRESSES["reward"],
     scorer: Annotated[str, typer.Option(help="Name of the scorer. Default: the server's.")] = "",
     overlength: Annotated[Overlength, typer.Option(help="What to do with too long items.")] = Overlength.FAIL,
     include_raw: Annotated[bool, typer.Option("--include-raw", help="Also the score before normalisation.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever the output holds.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score rows with an error again.")] = False,
     timeout: Timeout = None,
 ) -> None:
-    """Score responses: inline, or a JSONL file.
+    """Score responses: inline, or a file of any length.
 
     A row has `prompt` and `response` (both text, or both token ids, or a list of messages and
     a reply), and may have `id` and `context`. Rows of the output keep the order, and hold `score`
-    or `error`. The exit status is 1 if an item failed.
+    or `error`. The exit status is 1 if an item failed. However it was stopped, the same command
+    goes on where the output ends.
     """
-    from steersman.cli import score as implementation
+    from steersman.cli import jsonl, score_file
+    from steersman.cli.score import score_row
     from steersman.client.reward import RewardClient
     from steersman.client.types import Priority
 
     inline = prompt is not None and bool(response)
-    if inline == (source is not None):
-        raise typer.BadParameter("give either --prompt and --response, or --input")
+    given = [path for path in (file, source) if path is not None]
+    if inline + len(given) != 1:
+        raise typer.BadParameter("give either a file (FILE or --input), or --prompt and --response")
     with RewardClient(address, credentials=credentials_of(context)) as client:
-        if source is not None:
-            failed = implementation.score_file(
+        if given:
+            failed = score_file.run(
                 client,
-                source,
-                target,
-                scorer=scorer,
-                overlength=overlength,
-                include_raw=include_raw,
-                timeout=timeout,
+                score_file.ScoreFile(
+                    source=given[0],
+                    target=target,
+                    scorer=scorer,
+                    overlength=overlength,
+                    include_raw=include_raw,
+                    timeout=timeout,
+                    overwrite=overwrite,
+                    retry_failed=retry_failed,
+                ),
             )
         else:
-            from steersman.cli import jsonl
-
             scores = client.score(
                 prompt=prompt,
                 responses=response,
@@ -233,8 +243,8 @@ def score(
                 timeout=timeout,
             )
             failed = sum(item.error is not None for item in scores)
-            with jsonl.writer(target) as file:
-                file.writelines(jsonl.dump(implementation.score_row(item)) for item in scores)
+            with jsonl.writer(target) as output:
+                output.writelines(jsonl.dump(score_row(item)) for item in scores)
     if failed:
         raise CommandError(f"{failed} items have no score; their rows say why")
 

@@ -1,4 +1,4 @@
-"""`steersman score` and `steersman logprobs`."""
+"""Rows of `steersman score`, and `steersman logprobs`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from steersman.cli import console, jsonl
 from steersman.client.reference import ReferenceClient
-from steersman.client.reward import RewardClient
-from steersman.client.types import Overlength, Priority, Score, ScoreItem
+from steersman.client.types import Score, ScoreItem
 
 # Rows between two moves of the bar: eight calls of the client.
 _ROWS_AT_ONCE: Final = 2048
@@ -27,13 +26,13 @@ def progress_bar(what: str, total: int) -> Iterator[Any]:
 
 def item_of(row: dict[str, Any], where: str) -> ScoreItem:
     """The item of a row {"prompt", "response", "id"?, "context"?}. InputError for what cannot be scored."""
-    context = row.get("context", {})
+    context = row.get("context") or {}
     if not isinstance(context, dict):
         raise console.InputError(f"{where}: context is a {type(context).__name__}, allowed: an object")
     return ScoreItem(
         prompt=jsonl.field(row, "prompt", where),
         response=jsonl.field(row, "response", where),
-        id=str(row.get("id", "")),
+        id=str(row["id"]) if row.get("id") is not None else "",
         context=context,
     )
 
@@ -56,35 +55,6 @@ def score_row(score: Score) -> dict[str, Any]:
         row["truncated"] = True
     who = {"scorer": score.scorer, "model": score.model, "revision": score.revision}
     return row | {"num_tokens": score.num_tokens} | who
-
-
-def score_file(
-    client: RewardClient,
-    source: Path,
-    target: Path,
-    *,
-    scorer: str,
-    overlength: Overlength,
-    include_raw: bool,
-    timeout: float | None,
-) -> int:
-    """Scores a JSONL file into another. Returns the number of items without a score."""
-    items = [item_of(row, f"{source}: row {number}") for number, row in enumerate(jsonl.read(source), start=1)]
-    failed = 0
-    with jsonl.writer(target) as file, progress_bar("scoring", len(items)) as advance:
-        for start in range(0, len(items), _ROWS_AT_ONCE):
-            scores = client.score(
-                items[start : start + _ROWS_AT_ONCE],
-                scorer=scorer,
-                overlength=overlength,
-                priority=Priority.BULK,
-                include_raw=include_raw,
-                timeout=timeout,
-            )
-            file.writelines(jsonl.dump(score_row(score)) for score in scores)
-            failed += sum(score.error is not None for score in scores)
-            advance(len(scores))
-    return failed
 
 
 def logprobs_file(

@@ -201,7 +201,7 @@ async def test_score_inline_and_from_a_file(steersman: Any, tmp_path: Path) -> N
         ('{"prompt": "a", "response": "b"}\n{broken\n', "in.jsonl:2: is not JSON", 2),
         ('{"prompt": "a"}\n', "in.jsonl: row 1: has no 'response'; it has prompt", 2),
         ("[1]\n", "in.jsonl:1: is a list, allowed: an object", 2),
-        ('{"prompt": "a", "response": [1]}\n', "items[0]", 1),
+        ('{"prompt": "a", "response": [1]}\n', "in.jsonl: row 1 is 'str and list', allowed", 2),
     ],
 )
 async def test_a_bad_row_is_named_and_nothing_half_written(
