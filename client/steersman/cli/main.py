@@ -17,8 +17,10 @@ from steersman.cli.connection import (
     credentials_of,
 )
 from steersman.cli.console import CleanGroup, CommandError, err, out, write
+from steersman.cli.jobs import app as jobs_app
 from steersman.cli.rewards import app as rewards_app
-from steersman.client.types import JobKind, JobState, Overlength
+from steersman.client.types import JobKind, Overlength
+from steersman.wire.roles import Role
 
 app = typer.Typer(
     name="steersman",
@@ -29,11 +31,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Online RLHF as gRPC services: run them, ask them, train with them.",
 )
-jobs_app = typer.Typer(cls=CleanGroup, no_args_is_help=True, help="Training jobs: list, get, cancel, resume, watch.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(rewards_app, name="rewards")
 
-JobId = Annotated[str, typer.Argument(help="Id of the job.", metavar="JOB")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -66,9 +66,16 @@ def root(
         Path | None,
         typer.Option(envvar="STEERSMAN_TOKEN_FILE", exists=True, dir_okay=False, help="File with a bearer token."),
     ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="STEERSMAN_TOKEN", help="A bearer token; other users see it unless the variable holds it."),
+    ] = None,
 ) -> None:
     """Keeps the connection options for the command."""
-    token = token_file.read_text(encoding="utf-8").strip() if token_file is not None else None
+    if token_file is not None:
+        if token is not None:
+            raise typer.BadParameter("a token is given twice, by --token-file and by --token; allowed: one of them")
+        token = token_file.read_text(encoding="utf-8").strip()
     context.obj = Security(tls=tls, ca_file=ca_file, cert_file=cert_file, key_file=key_file, token=token)
 
 
@@ -341,70 +348,19 @@ def train(
             write(job.id + "\n")
 
 
-@jobs_app.command("list")
-def list_jobs(
-    context: typer.Context,
-    state: Annotated[list[JobState] | None, typer.Option(help="Only jobs in this state; may be repeated.")] = None,
-    address: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Name of the caller, for logs.", metavar="NAME")],
+    role: Annotated[list[Role] | None, typer.Option("--role", help="What it may do; may be repeated.")] = None,
 ) -> None:
-    """List jobs, newest first."""
-    from steersman.cli.job_view import jobs_table
-    from steersman.client.trainer import TrainerClient
+    """Make a token for a caller.
 
-    with TrainerClient(address, credentials=credentials_of(context)) as client:
-        out().print(jobs_table(client.list_jobs(states=state or [])))
+    The token goes to stdout, this once. Its entry for the servers' list of callers
+    (`access_file`), which holds no more than a digest, goes to stderr.
+    """
+    from steersman.cli import caller_token
 
-
-@jobs_app.command("get")
-def get_job(context: typer.Context, job: JobId, address: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
-    """Show a job as JSON."""
-    from steersman.cli.train import job_json
-    from steersman.client.trainer import TrainerClient
-
-    with TrainerClient(address, credentials=credentials_of(context)) as client:
-        write(job_json(client.get_job(job)) + "\n")
-
-
-@jobs_app.command("cancel")
-def cancel_job(context: typer.Context, job: JobId, address: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
-    """Ask a job to write a checkpoint and stop."""
-    from steersman.client.trainer import TrainerClient
-
-    with TrainerClient(address, credentials=credentials_of(context)) as client:
-        out().print(f"{job} is {client.cancel_job(job).state}")
-
-
-@jobs_app.command("resume")
-def resume_job(
-    context: typer.Context,
-    job: JobId,
-    address: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
-    follow: Annotated[bool, typer.Option(help="Watch the job to its end.")] = False,
-) -> None:
-    """Start a failed or cancelled job again from its last checkpoint."""
-    from steersman.cli import train as implementation
-    from steersman.client.trainer import TrainerClient
-
-    with TrainerClient(address, credentials=credentials_of(context)) as client:
-        resumed = client.resume_job(job)
-        out().print(f"{job} is {resumed.state}")
-        if follow:
-            implementation.follow(client, resumed)
-
-
-@jobs_app.command("watch")
-def watch_job(
-    context: typer.Context,
-    job: JobId,
-    after_sequence: Annotated[int, typer.Option(min=0, help="Only events after this one.")] = 0,
-    address: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
-) -> None:
-    """Watch a job to its end; the exit status is 1 if it does not succeed."""
-    from steersman.cli import train as implementation
-    from steersman.client.trainer import TrainerClient
-
-    with TrainerClient(address, credentials=credentials_of(context)) as client:
-        implementation.follow(client, client.get_job(job), after_sequence)
+    caller_token.run(name, role or [])
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import ssl
 import urllib.error
 import urllib.request
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import trustme
 import yaml
+from typer.testing import CliRunner, Result
 
+from steersman.cli.main import app
 from steersman.client import AsyncRewardClient, ChannelSettings, Credentials, ScoreItem, SteersmanError
 from steersman.reward.function_scorer import FunctionScorer
 from steersman.reward.handler import RewardHandler
@@ -25,6 +28,7 @@ from steersman.serving.security.tls import TlsSettings
 from steersman.serving.server import check_credentials, make_gate, start_server
 from steersman.serving.settings import ServerSettings
 from steersman.wire.errors import Reason
+from steersman.wire.roles import Role
 
 ITEM = ScoreItem(prompt="a", response="bcd")
 ONCE = ChannelSettings(retry_attempts=1)
@@ -211,3 +215,57 @@ def test_beyond_loopback_takes_encryption_and_known_callers(files, tls, mutual, 
     with pytest.raises(ValueError, match="reachable from outside"):
         ServerSettings(**given)
     assert ServerSettings(**given, insecure=True).insecure
+
+
+async def command(*arguments: str, **environment: str) -> Result:
+    return await asyncio.to_thread(CliRunner().invoke, app, list(arguments), None, environment)
+
+
+async def test_the_command_shows_a_token_or_a_certificate(files, authority, tmp_path):
+    inline = ("score", "-p", "a", "-r", "bcd")
+    (tmp_path / "token").write_text("good\n")
+    trust = ("--ca-file", str(files / "ca.pem"))
+    async with serving(settings(files)) as address:
+        environment = {"STEERSMAN_REWARD_ADDRESS": address}
+        by_file = await command(*trust, "--token-file", str(tmp_path / "token"), *inline, **environment)
+        assert json.loads(by_file.stdout)["score"] == 3.0
+        by_variable = await command(*trust, *inline, **environment, STEERSMAN_TOKEN="good")
+        assert json.loads(by_variable.stdout)["score"] == 3.0
+        poor = await command(*trust, *inline, **environment, STEERSMAN_TOKEN="poor")
+        assert (poor.exit_code, poor.stdout) == (1, "")
+        assert poor.stderr.startswith("error: PERMISSION_DENIED")
+        unknown = await command(*trust, *inline, **environment)
+        assert unknown.stderr.startswith("error: UNAUTHENTICATED")
+        clear = await command(*inline, **environment, STEERSMAN_TOKEN="good")
+        assert clear.exit_code == 2
+        assert "add --tls" in clear.stderr
+        twice = await command("--token-file", str(tmp_path / "token"), *inline, STEERSMAN_TOKEN="good")
+        assert twice.exit_code == 2
+        for result in (by_file, by_variable, poor, clear, twice):
+            assert "good" not in result.stderr
+    issued = authority.issue_cert("peer.example")
+    issued.private_key_pem.write_to_path(str(tmp_path / "peer.key"))
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "peer.pem"))
+    own = ("--cert-file", str(tmp_path / "peer.pem"), "--key-file", str(tmp_path / "peer.key"))
+    async with serving(settings(files, mutual=True)) as address:
+        by_certificate = await command(*trust, *own, *inline, "--address", address)
+        assert json.loads(by_certificate.stdout)["score"] == 3.0, by_certificate.output
+    halves = await command(*trust, *own[:2], *inline)
+    assert halves.exit_code == 2
+
+
+async def test_a_token_of_the_command_opens_what_its_entry_says(files, authority):
+    made = await command("token", "bench", "--role", "score", "--role", "manage_models")
+    assert made.exit_code == 0
+    token = made.stdout.strip()
+    assert len(token) >= 43
+    assert token not in made.stderr
+    (files / "callers.yaml").write_text("callers:\n" + made.stderr)
+    root = authority.cert_pem.bytes()
+    async with serving(settings(files)) as address:
+        assert await score(address, Credentials(root_certificates=root, token=token)) == 3.0
+        assert await refused(address, Credentials(root_certificates=root, token="good")) is Reason.UNAUTHENTICATED
+    wrong = await command("token", "bench", "--role", "dance")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    for role in Role:
+        assert role.value in wrong.stderr

@@ -29,8 +29,9 @@ from typing import Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from steersman.serving.security.roles import ROLE_OF, Role
+from steersman.serving.security.roles import ROLE_OF
 from steersman.wire.errors import Reason, SteersmanError
+from steersman.wire.roles import Role
 
 logger = logging.getLogger(__name__)
 

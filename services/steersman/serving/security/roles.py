@@ -1,25 +1,8 @@
 """The role that each RPC asks for. Closed: an RPC without an entry is refused to everyone, and a test says so."""
 
-from enum import StrEnum
 from typing import Final
 
-
-class Role(StrEnum):
-    """What a caller may do. Reading what a service is, and the status of a call, is for every known caller."""
-
-    GENERATE = "generate"
-    """Draw samples from a policy."""
-    LOGPROBS = "logprobs"
-    """Ask a reference for log-probs."""
-    SCORE = "score"
-    """Ask for scores, in whatever protocol."""
-    PUSH_WEIGHTS = "push_weights"
-    """Replace the weights of a policy."""
-    MANAGE_MODELS = "manage_models"
-    """Load, switch and unload reward models."""
-    MANAGE_JOBS = "manage_jobs"
-    """Create, cancel and resume training jobs."""
-
+from steersman.wire.roles import Role
 
 _STEERSMAN: Final[dict[str, dict[str, Role | None]]] = {
     "PolicyService": {"Generate": Role.GENERATE, "GetModel": None},

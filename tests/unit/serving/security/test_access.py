@@ -7,9 +7,10 @@ import yaml
 from steersman.serving.security import access
 from steersman.serving.security.access import AccessList, Caller, authorize, bearer_token
 from steersman.serving.security.gate import Gate
-from steersman.serving.security.roles import ROLE_OF, Role
+from steersman.serving.security.roles import ROLE_OF
 from steersman.v1 import policy_pb2, reference_pb2, reward_model_pb2, reward_pb2, trainer_pb2, weights_pb2
 from steersman.wire.errors import Reason, SteersmanError
+from steersman.wire.roles import Role
 
 SCORE, PUSH, LIST = (
     "/steersman.v1.RewardService/Score",
