@@ -161,7 +161,7 @@ class Program:
             ),
             backoff=self._backoff,
             waits=self._waits,
-            delivery=RelayDelivery(RelaySettings(topology=topology, stall_seconds=5.0)),
+            delivery=RelayDelivery(RelaySettings(topology=topology, stall_seconds=2.0)),
         )
 
     async def run(self) -> None:

@@ -57,8 +57,7 @@ async def test_chunks_that_are_not_as_they_were_sent(fleet: Fleet, kind: str) ->
             assert list(report["failures"]) == [disturbed]
             await fleet.assert_serves(trainer.version(2), disturbed)
         await fleet.assert_serves(trainer.version(3), other)
-        await trainer.tell("publish", step=4)
-        assert (await trainer.expect("published"))["failures"] == {}
+        assert (await trainer.publish(4))["failures"] == {}
         await fleet.assert_serves(trainer.version(4), *fleet.targets)
         assert trainer.errors(other) == []
 

@@ -85,7 +85,7 @@ async def test_a_replica_killed_in_the_middle(fleet: Fleet, gate: str) -> None:
 
 async def test_a_relay_whose_middle_stands_still(fleet: Fleet) -> None:
     first, middle, last = fleet.targets
-    async with Trainer.of(fleet, "still.1", topology="chain", stage_timeout_seconds=15.0) as trainer:
+    async with Trainer.of(fleet, "still.1", topology="chain", stage_timeout_seconds=10.0) as trainer:
         await trainer.publish(1)
         await trainer.tell("publish", step=2, faults=[{"target": first, "call": "push", "kind": "hold", "chunk": 8}])
         await trainer.expect("held", target=first)

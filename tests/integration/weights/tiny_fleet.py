@@ -198,7 +198,9 @@ class Trainer:
                     found = await self._next()
                     if found.items() >= ({"event": event} | what).items():
                         return found
-                    assert found["event"] != "failed", f"waited for {event} {what}: {self.events}"
+                    assert found["event"] not in ("failed", "refused", "given_up"), (
+                        f"waited for {event} {what}: {self.events}"
+                    )
         except TimeoutError:
             raise AssertionError(f"no {event} {what} among {self.events}") from None
 
