@@ -14,8 +14,17 @@ from worker_program import STAGES
 
 from steersman.trainer.jobs import folder
 from steersman.trainer.jobs.handler import JobsHandler
-from steersman.trainer.jobs.launcher import LocalLauncher
-from steersman.trainer.jobs.model import Job, JobEvent, JobKind, JobProgress, JobSpec, JobState, StateChange
+from steersman.trainer.jobs.launcher import LocalLauncher, WorkerStatus
+from steersman.trainer.jobs.model import (
+    Job,
+    JobEvent,
+    JobKind,
+    JobProgress,
+    JobResources,
+    JobSpec,
+    JobState,
+    StateChange,
+)
 from steersman.trainer.jobs.validation import SettingsValidator
 from steersman.wire.errors import SteersmanError
 
@@ -155,6 +164,42 @@ async def test_a_stop_by_someone_else_is_no_cancellation(service: Service) -> No
     ended = await service.until("evicted", lambda job: not job.active)
     assert ended.state is JobState.FAILED
     assert "resume" in ended.error
+
+
+async def test_a_worker_whose_node_is_taken_goes_on_when_the_cluster_starts_it_again(service: Service) -> None:
+    class Cluster(LocalLauncher):
+        """Starts a worker as a cluster does, and again when it says that it was stopped."""
+
+        async def launch(self, run_directory: Path, resources: JobResources) -> str:
+            return "rl/steersman-first-1/uid"
+
+        async def status(self, handle: str) -> WorkerStatus:
+            return WorkerStatus(alive=True)
+
+    async def run_worker(job: Job) -> asyncio.subprocess.Process:
+        environment = dict(os.environ) | {"STEERSMAN_WORKER_HANDLE": "rl/steersman-first-1/uid"}
+        return await asyncio.create_subprocess_exec(sys.executable, PROGRAM, job.run_directory, env=environment)
+
+    await service.handler.close()
+    service.handler = JobsHandler(
+        service.runs, launcher=Cluster(), validator=SettingsValidator(STAGES), journal="delete"
+    )
+    await service.handler.start()
+    job = await service.create("first", steps=4, halfway="wait")
+    worker = await run_worker(job)
+    job = await service.until("first", lambda job: job.progress.step == 2)
+    assert job.handle == "rl/steersman-first-1/uid"
+    worker.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(60):
+        assert await worker.wait() == 143
+    job = await service.handler.get("first")
+    assert (job.state, job.handle) == (JobState.PENDING, "rl/steersman-first-1/uid")
+    worker = await run_worker(job)
+    async with asyncio.timeout(60):
+        assert await worker.wait() == 0
+    ended = await service.handler.get("first")
+    assert (ended.state, ended.num_attempts) == (JobState.SUCCEEDED, 2)
+    assert counted(ended) == [1, 2, 3, 4]
 
 
 async def test_a_second_worker_does_not_touch_a_folder_in_use(service: Service) -> None:
