@@ -17,7 +17,7 @@ from steersman.cli.console import CleanGroup, CommandError, err, out, write
 app = typer.Typer(
     cls=CleanGroup,
     no_args_is_help=True,
-    help="Models of a reward server: list, load, switch, unload; and normalize, the scale of scores.",
+    help="Models of a reward server: list, load, switch, unload, check; and normalize, the scale of scores.",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -167,6 +167,43 @@ def normalize(
     partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(output)
     err().print(f"mean {mean:.6g}, standard deviation {std:.6g} of {len(raw)} responses, in {output}")
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    run: Annotated[
+        Path, typer.Argument(help="Run folder of a reward_model job, or its scores.json.", metavar="RUN_OR_FILE")
+    ],
+    scorer: Annotated[str, typer.Option(help="Name of the scorer or model. Default: the server's.")] = "",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=1e-12, help="Largest difference. Default: 1e-3 in float32, 0.02 float16, 0.1 bfloat16."),
+    ] = None,
+    address: RewardAddress = DEFAULT_ADDRESSES["reward"],
+    timeout: Timeout = None,
+) -> None:
+    """Check that a server gives the raw scores that training ended with. The exit status is 1 if it does not.
+
+    Finds a wrong model, tokenizer, head or dtype. A score above 1 may be off by that share of itself.
+    """
+    from steersman.cli import reward_check
+    from steersman.client.reward import RewardClient
+
+    expected = reward_check.read(run)
+    bad = []
+    for target in _targets(address):
+        with RewardClient(target, credentials=credentials_of(context)) as client, _client(context, target) as models:
+            found = reward_check.compare(client, models, expected, scorer=scorer, tolerance=tolerance, timeout=timeout)
+        out().print(
+            f"{target}: {found.model} ({found.dtype}, {found.revision}): the largest difference of "
+            f"{len(expected.items)} scores is {found.difference:.3g}, at items[{found.item}]; "
+            f"allowed: {found.tolerance:g}"
+        )
+        if not found.is_good:
+            bad.append(target)
+    if bad:
+        raise CommandError(f"scores are not those of the training at {', '.join(bad)}")
 
 
 def _moments(values: list[float]) -> tuple[float, float]:

@@ -241,8 +241,9 @@ def test_balanced_lengths_show_the_rarer_side_again(config, tmp_path, write_rows
 
 def test_the_scores_that_training_ended_with_are_kept(config, tmp_path):
     result = run_in(tmp_path / "run", config.model_copy(update={"max_steps": 3}))
-    items = json.loads((tmp_path / "run" / "scores.json").read_text())["items"]
-    assert len(items) == 32
+    written = json.loads((tmp_path / "run" / "scores.json").read_text())
+    items = written["items"]
+    assert (len(items), written["dtype"]) == (32, "float32")
     model = AutoModelForSequenceClassification.from_pretrained(result.model_directory)
     for item in items:
         with torch.no_grad():

@@ -184,7 +184,8 @@ class _RewardModelTask:
             examples = [example for comparison in group for example in comparison.examples]
             for example, score in zip(examples, self._scores(batch).tolist(), strict=True):
                 items.append({"prompt": example.prompt_ids, "response": example.response_ids, "raw_score": score})
-        write_json(self.directory / SCORES_FILE, {"items": items})
+        dtype = str(self.placement.dtype).removeprefix("torch.")
+        write_json(self.directory / SCORES_FILE, {"dtype": dtype, "items": items})
 
     def _scores(self, batch: PaddedBatch) -> Tensor:
         with self.placement.autocast():
