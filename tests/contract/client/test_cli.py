@@ -99,7 +99,8 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
             error = SteersmanError(Reason.INVALID_FIELD, "2 bad settings", violations=violations)
             await self.refuse(context, error)
         self.spec = request.spec
-        return trainer_pb2.CreateJobResponse(job=self.job())
+        objects = f"kind: Job\nqueue: {request.spec.resources.queue_name}\n" if request.validate_only else ""
+        return trainer_pb2.CreateJobResponse(job=self.job(), objects_yaml=objects)
 
     async def GetJob(self, request: Any, context: Any) -> trainer_pb2.GetJobResponse:
         return trainer_pb2.GetJobResponse(job=self.job())
@@ -258,6 +259,8 @@ async def test_train_may_only_submit_or_only_check(steersman: Any, tmp_path: Pat
     config = tmp_path / "ppo.yaml"
     config.write_text("")
     assert (await steersman("train", "ppo", str(config), "--no-follow")).stdout == "my-job\n"
+    shown = await steersman("train", "ppo", str(config), "--dry-run", "--queue", "research", "--gpus", "1")
+    assert shown.stdout == "kind: Job\nqueue: research\n"
     checked = await steersman("train", "ppo", str(config), "--validate-only")
     assert checked.stdout == ""
     assert "nothing was started" in checked.stderr

@@ -67,6 +67,10 @@ async def test_another_process_of_the_same_id_is_not_the_worker() -> None:
             process.kill()
 
 
+async def test_a_worker_in_a_cluster_is_none_of_its_own() -> None:
+    assert "another kind of launcher" in (await LocalLauncher().status("rl/steersman-first-1/uid")).ending
+
+
 @pytest.mark.parametrize(
     ("resources", "field"),
     [

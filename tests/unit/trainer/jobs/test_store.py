@@ -45,6 +45,33 @@ def test_a_job_comes_back_as_it_was_recorded(store: JobStore) -> None:
     assert created == store.get("one") == make_job(restarts_left=2)
 
 
+def test_workers_keep_the_journal_that_the_service_chose(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.sqlite"
+    service = JobStore(path, journal="delete")
+    service.create(make_job(), max_active=1)
+    worker = JobStore(path, journal=None)
+    worker.begin("one", "handle")
+    version = service.data_version()
+    worker.append("one", [JobProgress(step=1)])
+    assert service.data_version() != version
+    assert not path.with_name("jobs.sqlite-wal").exists()
+    worker.close()
+    service.close()
+    # And back, once nobody uses it: jobs and all.
+    local = JobStore(path)
+    assert path.with_name("jobs.sqlite-wal").exists()
+    assert local.get("one").handle == "handle"
+    local.close()
+
+
+def test_a_journal_is_not_changed_under_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steersman.trainer.jobs.store.BUSY_TIMEOUT_SECONDS", 0.1)
+    worker = JobStore(tmp_path / "jobs.sqlite")
+    with pytest.raises(SteersmanError, match="end the workers that have it open"):
+        JobStore(tmp_path / "jobs.sqlite", journal="delete")
+    worker.close()
+
+
 def test_a_second_job_of_the_same_name_is_refused(store: JobStore) -> None:
     store.create(make_job(), max_active=5)
     with pytest.raises(SteersmanError) as caught:

@@ -136,6 +136,8 @@ class LocalLauncher:
 
     async def status(self, handle: str) -> WorkerStatus:
         """See `Launcher`. How a worker ended is known only to the service that started it."""
+        if not handle.startswith("{"):
+            return WorkerStatus(alive=False, ending="was started by another kind of launcher")
         if _find(handle) is not None:
             return WorkerStatus(alive=True)
         child = self._children.get(json.loads(handle)["pid"])

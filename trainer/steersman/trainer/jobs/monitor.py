@@ -1,6 +1,7 @@
 """Keeps the store true to the processes: starts what should run, notices what died, kills what will not stop.
 
-Stateless between looks: everything it decides on is in the store, so a new service goes on where the last one ended.
+Stateless between looks, but for what it has said: everything it decides on is in the store, so a new service goes on
+where the last one ended.
 """
 
 import asyncio
@@ -32,6 +33,8 @@ class Monitor:
         self._cancel_grace_seconds = cancel_grace_seconds
         # Two looks at once, or a look between a launch and its record, could start a job twice.
         self._turn = asyncio.Lock()
+        # What each job was said to wait for; a new service says it again.
+        self._told: dict[str, str] = {}
 
     async def run(self) -> None:
         """Looks until cancelled. A look that fails is logged and tried again."""
@@ -45,7 +48,9 @@ class Monitor:
     async def look(self) -> None:
         """Brings every active job to where its process is."""
         async with self._turn:
-            for job in await asyncio.to_thread(self._store.active):
+            active = await asyncio.to_thread(self._store.active)
+            self._told = {job.id: self._told[job.id] for job in active if job.id in self._told}
+            for job in active:
                 try:
                     await self._look_at(job)
                 except Exception as error:
@@ -97,10 +102,12 @@ class Monitor:
         logger.info("job started", extra={"job": job.id, "worker": handle})
 
     async def _tell(self, job: Job, message: str) -> None:
-        """Says what a job waits for, once."""
-        if message and message != job.progress.message:
-            progress = replace(job.progress, message=message)
-            await asyncio.to_thread(self._store.append, job.id, [progress])
+        """Says what a job waits for, once: its worker may begin to tell its progress at any moment."""
+        if not message:
+            self._told.pop(job.id, None)
+        elif self._told.get(job.id) != message:
+            self._told[job.id] = message
+            await asyncio.to_thread(self._store.append, job.id, [replace(job.progress, message=message)])
 
     async def _fail(self, job: Job, why: str) -> None:
         ended = JobState.CANCELLED if job.state is JobState.CANCELLING else JobState.FAILED
