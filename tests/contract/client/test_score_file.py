@@ -1,6 +1,7 @@
 """`steersman score FILE`: runs that are killed, interrupted or refused, and go on; Parquet and gzip."""
 
 import asyncio
+import fcntl
 import gzip
 import io
 import json
@@ -201,6 +202,35 @@ async def test_failed_rows_are_scored_again_and_no_others(
     assert rows[3]["error"] == {"reason": "SCORER_FAILED", "message": "no idea"}
     fake.bad = set()
     assert (await score(source, "-o", target, "--retry-failed")).exit_code == 0
+
+
+async def test_a_second_try_that_is_ended_goes_on_too(fake: FakeReward, score: Any, tmp_path: Path) -> None:
+    last = 5 * CHUNK + 1
+    source, target = write_source(tmp_path / "in.jsonl", 6 * CHUNK), tmp_path / "o.jsonl"
+    fake.bad = {3, last}
+    assert (await score(source, "-o", target)).exit_code == 1
+    before = target.read_bytes()
+    fake.bad, fake.refuses_at = set(), last
+    fake.asked.clear()
+    ended = await score(source, "-o", target, "--retry-failed")
+    assert (ended.exit_code, fake.asked) == (1, [3])
+    assert "rows are done. The same command goes on" in ended.stderr
+    assert target.read_bytes() == before
+    fake.refuses_at = None
+    assert (await score(source, "-o", target, "--retry-failed")).exit_code == 0
+    assert fake.asked == [3, last]
+    assert scores_of(target) == [float(n) for n in range(6 * CHUNK)]
+
+
+async def test_two_runs_do_not_write_one_output(fake: FakeReward, score: Any, tmp_path: Path) -> None:
+    source, target = write_source(tmp_path / "in.jsonl", 3), tmp_path / "o.jsonl"
+    with (tmp_path / "o.jsonl.run.json").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = await score(source, "-o", target, "--overwrite")
+    assert refused.exit_code == 1
+    assert f"another run is writing {target}" in refused.stderr
+    assert fake.asked == []
+    assert (await score(source, "-o", target)).exit_code == 0
 
 
 async def test_parquet_goes_in(score: Any, tmp_path: Path) -> None:
