@@ -206,7 +206,9 @@ def score(
     include_raw: Annotated[bool, typer.Option("--include-raw", help="Also the score before normalisation.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever the output holds.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score rows with an error again.")] = False,
-    timeout: Timeout = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds for the call; of a file, for each 512 rows (600).")
+    ] = None,
 ) -> None:
     """Score responses: inline, or a file of any length.
 
