@@ -293,6 +293,12 @@ REFUSALS = [
     (
         "patch jobs",
         403,
+        'jobs.batch "steersman-ppo-1-1" is forbidden: User "x" cannot create resource "jobs" in API group "batch"',
+        ["verbs: ['create']"],
+    ),
+    (
+        "patch jobs",
+        403,
         'jobs.batch "steersman-ppo-1-1" is forbidden: exceeded quota: team, requested: count/jobs.batch=1',
         ["exceeded quota: team", "ResourceQuota raised"],
     ),
@@ -361,7 +367,7 @@ async def test_a_server_that_is_away_changes_nothing_about_a_worker(
     server.add_pod("steersman-ppo-1-1", {"phase": "Running"})
     assert (await launcher.status(handle)).waiting == ""
     for code in (503, 403):
-        server.refuse("get jobs", Refusal(code, "cannot get resource in API group"))
+        server.refuse("get jobs", Refusal(code, 'cannot get resource "jobs" in API group "batch"'))
         status = await launcher.status(handle)
         assert status.alive
         assert status.waiting == ""

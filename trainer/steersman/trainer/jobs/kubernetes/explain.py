@@ -1,5 +1,6 @@
 """What Jobs, pods and refusals of the API server mean, and what to do about them: pure functions over its JSON."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,6 +15,8 @@ FIELD_MANAGER: Final = "steersman"
 # Requests that may succeed when they are made again, a proxy's answers among them.
 _TRANSIENT: Final = frozenset({0, 408, 429, 500, 502, 503, 504})
 _MAX_TEXT: Final = 500
+# How the API server's RBAC says no: verb, resource, group.
+_MISSING_RIGHT: Final = re.compile(r'cannot (\w+) resource "([^"]*)" in API group "([^"]*)"')
 
 # Of a container that waits, by the reason that the kubelet gives.
 _CONTAINER_ADVICE: Final = {
@@ -43,10 +46,10 @@ def explain_problem(problem: ApiProblem, *, verb: str, resource: str, namespace:
     """Which object, why, and what to do, for a request that failed. `resource` as RBAC names it, `jobs.batch`."""
     subject = f"{resource} {namespace}/{name}" if name else f"{resource} in namespace {namespace}"
     why = _short(str(problem))
-    return f"cannot {verb} {subject}: {why}; {_advice(problem, verb, resource, namespace)}"
+    return f"cannot {verb} {subject}: {why}; {_advice(problem, namespace)}"
 
 
-def _advice(problem: ApiProblem, verb: str, resource: str, namespace: str) -> str:
+def _advice(problem: ApiProblem, namespace: str) -> str:
     text = str(problem).lower()
     match problem.status:
         case 0:
@@ -57,10 +60,9 @@ def _advice(problem: ApiProblem, verb: str, resource: str, namespace: str) -> st
             return "wait until other objects have ended, ask for less, or have the ResourceQuota raised"
         case 403 if "being terminated" in text:
             return f"the namespace {namespace} is being deleted: use another (kubernetes.namespace)"
-        case 403 if "cannot" in text and "in api group" in text:
-            group = resource.partition(".")[2]
-            name = resource.partition(".")[0]
-            rule = f"apiGroups: [{group!r}], resources: [{name!r}], verbs: [{verb!r}]"
+        case 403 if (missing := _MISSING_RIGHT.search(str(problem))) is not None:
+            # What is missing may not be what was asked: an apply takes `create` too.
+            rule = "apiGroups: [{2!r}], resources: [{1!r}], verbs: [{0!r}]".format(*missing.groups())
             return f"give this service's ServiceAccount a Role in {namespace} with {rule}"
         case 403:
             return "an admission policy of the cluster refuses it, and says why"
