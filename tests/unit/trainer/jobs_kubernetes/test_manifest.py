@@ -161,6 +161,8 @@ def test_names_fit_labels_and_differ() -> None:
         (BARE | {"volumes": ({"mount_path": "/x"},)}, "volumes"),
         (BARE | {"volumes": ({"mount_path": "/x", "claim": "a", "secret": "b"},)}, "volumes"),
         (BARE | {"run_as_user": 0}, "run_as_user"),
+        (BARE | {"env": {"STEERSMAN_WORKER_HANDLE": "x"}}, "env"),
+        (BARE | {"env": {"A=B": "x"}}, "env"),
         (BARE | {"queue": "x"}, "queue"),
     ],
 )
@@ -168,3 +170,10 @@ def test_settings_that_no_cluster_takes_are_named(settings: dict[str, Any], path
     with pytest.raises(ValidationError) as caught:
         KubernetesSettings(**settings)
     assert [error["loc"][0] for error in caught.value.errors()] == [path]
+
+
+@pytest.mark.parametrize("path", ["/tmp", "/runs/", "/models"])
+def test_no_two_volumes_are_mounted_at_one_place(path: str) -> None:
+    volumes = ({"mount_path": "/models", "claim": "models"}, {"mount_path": path, "claim": "more"})
+    with pytest.raises(ValidationError, match=r"volumes\.1\.mount_path is .*another volume"):
+        KubernetesSettings(**BARE, run_mount_path="/runs", volumes=volumes)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from steersman.trainer.jobs.kubernetes.settings import KubernetesSettings, PodVolume
+from steersman.trainer.jobs.kubernetes.settings import TMP_PATH, KubernetesSettings, PodVolume
 from steersman.trainer.jobs.launcher import ENV_HANDLE, EXIT_STOPPED
 from steersman.trainer.jobs.model import JobResources
 from steersman.wire.limits import MIB
@@ -144,7 +144,7 @@ def _pod(workload: Workload, settings: KubernetesSettings) -> dict[str, Any]:
                     "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]},
                 },
-                "volumeMounts": [*map(_mount, volumes, volumes.values()), {"name": "tmp", "mountPath": "/tmp"}],
+                "volumeMounts": [*map(_mount, volumes, volumes.values()), {"name": "tmp", "mountPath": TMP_PATH}],
             }
         ],
         "volumes": [
@@ -174,8 +174,7 @@ def _environment(workload: Workload, settings: KubernetesSettings) -> list[dict[
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(max(1, int(cpus))),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        # The root file system is read-only.
-        "HOME": "/tmp",
+        "HOME": TMP_PATH,
     } | settings.env
     fields = {
         "STEERSMAN_POD_NAMESPACE": "metadata.namespace",

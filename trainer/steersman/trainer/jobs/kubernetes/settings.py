@@ -13,6 +13,13 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
+_ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
+
+# Always a volume of its own: the root file system is read-only.
+TMP_PATH = "/tmp"
+# What the launcher tells a worker of itself.
+RESERVED_ENV = ("STEERSMAN_POD_", "STEERSMAN_WORKER_")
+
 # Labels under these are the launcher's, or the cluster's.
 RESERVED_LABELS = ("app.kubernetes.io/", "batch.kubernetes.io/", "kueue.x-k8s.io/", "steersman/", "job-name")
 
@@ -44,6 +51,15 @@ def _labels(labels: dict[str, str]) -> dict[str, str]:
         if not is_own_label(key) or not is_label_value(value):
             raise ValueError(f"{key}={value} is no label, or one under {', '.join(RESERVED_LABELS)}")
     return labels
+
+
+def _environment(values: dict[str, str]) -> dict[str, str]:
+    for name in values:
+        if not _ENV_NAME.fullmatch(name) or name.startswith(RESERVED_ENV):
+            raise ValueError(
+                f"{name!r} is no name, allowed: letters, digits, _ . -, not under {', '.join(RESERVED_ENV)}"
+            )
+    return values
 
 
 ObjectName = Annotated[str, AfterValidator(_object_name)]
@@ -124,7 +140,9 @@ class KubernetesSettings(BaseModel):
     )
     run_sub_path: str = Field("", description="Folder of run_claim that is mounted; empty is all of it.")
     volumes: tuple[PodVolume, ...] = Field((), description="More volumes: models, data sets, certificates, memory.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment of the workers; no secrets.")
+    env: Annotated[dict[str, str], AfterValidator(_environment)] = Field(
+        default_factory=dict, description="Environment of the workers; no secrets."
+    )
     env_from_secrets: tuple[ObjectName, ...] = Field(
         (), description="Secrets whose keys become environment, for example HF_TOKEN."
     )
@@ -160,3 +178,13 @@ class KubernetesSettings(BaseModel):
     )
     poll_seconds: float = Field(2.0, gt=0, le=60, description="Time between two looks at a Job.")
     request_seconds: float = Field(20.0, gt=0, le=300, description="Deadline of a request to the API server.")
+
+    @model_validator(mode="after")
+    def _mounts_are_apart(self) -> Self:
+        taken = [str(PurePosixPath(path)) for path in (TMP_PATH, self.run_mount_path) if path]
+        for index, volume in enumerate(self.volumes):
+            path = str(PurePosixPath(volume.mount_path))
+            if path in taken:
+                raise ValueError(f"volumes.{index}.mount_path is {path}, where another volume is mounted")
+            taken.append(path)
+        return self
