@@ -60,9 +60,15 @@ async def _serve(name: str, settings: SettingsT, build: Build[SettingsT]) -> int
         tls = None if settings.metrics_in_clear else settings.tls
         endpoint = metrics.serve(settings.host, settings.metrics_port, tls)
     try:
+        if settings.health_port is not None:
+            check_port(settings.host, settings.health_port, field="health_port")
         service = await build(settings, metrics)
         server = await start_server(service, settings, metrics)
-        listening = {"address": server.address, "metrics": endpoint.address if endpoint else "off"}
+        listening = {
+            "address": server.address,
+            "metrics": endpoint.address if endpoint else "off",
+            "health": server.health_address or "off",
+        }
         logger.info("ready", extra=listening)
         dead = await _until_stopped(server.engine_dead)
         logger.info("draining", extra={"grace_seconds": settings.grace_seconds})

@@ -1,7 +1,7 @@
 """A grpc.aio server with health, reflection and the interceptor, and its orderly end.
 
 Order of an end: health turns NOT_SERVING, the service drains, in-flight calls finish within the grace period, the
-rest are cancelled, the engine is freed.
+rest are cancelled, the engine is freed. The listener for probes ends last.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from steersman.serving.interceptor import CallInterceptor
 from steersman.serving.metrics import Metrics
+from steersman.serving.probe import ProbeListener, start_probe_listener
 from steersman.serving.security.access import AccessList
 from steersman.serving.security.gate import Gate
 from steersman.serving.security.tls import ServerCertificates
@@ -104,8 +105,11 @@ class RunningServer:
         *,
         address: str,
         health_interval_seconds: float,
+        probes: ProbeListener | None = None,
     ) -> None:
         self.address = address
+        self.health_address = probes.address if probes is not None else None
+        self._probes = probes
         self.engine_dead = asyncio.Event()
         self._server = server
         self._service = service
@@ -126,6 +130,8 @@ class RunningServer:
             await self._server.stop(grace_seconds)
         finally:
             await self._service.close()
+            if self._probes is not None:
+                await self._probes.stop()
 
     async def _watch_engine(self) -> None:
         serving: bool | None = None
@@ -205,6 +211,10 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         port = server.add_insecure_port(address)
     else:
         port = server.add_secure_port(address, ServerCertificates(settings.tls).credentials())
+    probes = None
+    if settings.health_port is not None:
+        check_port(settings.host, settings.health_port, field="health_port")
+        probes = await start_probe_listener(settings.host, settings.health_port, health_servicer)
     await server.start()
     return RunningServer(
         server,
@@ -213,4 +223,5 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         names,
         address=f"{host}:{port}",
         health_interval_seconds=settings.health_interval_seconds,
+        probes=probes,
     )

@@ -53,6 +53,13 @@ class ServerSettings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 takes a free one, none is off."
     )
+    health_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of a second listener, in the clear, that answers grpc.health.v1/Check to everyone and "
+        "nothing else, for probes: they speak no TLS, and must not wait behind callers. 0 is a free one, none is off.",
+    )
     grace_seconds: float = Field(30.0, ge=0, le=3600, description="Time for in-flight calls after SIGTERM, in seconds.")
     health_interval_seconds: float = Field(
         1.0, gt=0, le=60, description="Time between two looks at the engine, in seconds."
