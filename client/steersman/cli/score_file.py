@@ -13,6 +13,8 @@ Invariants:
 import fcntl
 import hashlib
 import json
+import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -182,19 +184,24 @@ def _write(client: RewardClient, job: ScoreFile, partial: Path, before: Iterator
     """Brings `partial` to its end and makes it the output. Returns the number of rows without a score."""
     done, failed = _recover(partial)
     source = islice(jsonl.rows(job.source), done, None)
-    with RowProgress("scoring", total, done=done, failed=failed) as progress, partial.open("ab") as file:
+    with (
+        RowProgress("scoring", total, done=done, failed=failed) as progress,
+        partial.open("ab") as file,
+        _ended_by_interrupt(client) as interrupted,
+    ):
         try:
             with closing(_scored(client, job, source, islice(before, done, None))) as chunks:
                 for chunk in chunks:
                     file.write("".join(map(jsonl.dump, chunk)).encode())
                     file.flush()
                     progress.advance(len(chunk), _num_failed(chunk))
-        except (KeyboardInterrupt, SteersmanError) as error:
-            hint = ", without --overwrite," if job.overwrite else ""
-            progress.note(f"{progress.done} of {total} rows are done. The same command{hint} goes on from there.")
-            if isinstance(error, SteersmanError):
-                raise
-            raise typer.Exit(130) from None
+        except Exception as error:
+            if interrupted.is_set() or isinstance(error, SteersmanError):
+                hint = ", without --overwrite," if job.overwrite else ""
+                progress.note(f"{progress.done} of {total} rows are done. The same command{hint} goes on from there.")
+            if interrupted.is_set():
+                raise typer.Exit(130) from None
+            raise
     if job.target.suffix == ".parquet":
         whole = job.beside(".new")
         parquet.write_scores(jsonl.rows(partial), whole)
@@ -203,6 +210,29 @@ def _write(client: RewardClient, job: ScoreFile, partial: Path, before: Iterator
     else:
         partial.replace(job.target)
     return progress.failed
+
+
+@contextmanager
+def _ended_by_interrupt(client: RewardClient) -> Iterator[threading.Event]:
+    """Ctrl-C ends the calls under way, and with them the run; a second one is as usual.
+
+    Not KeyboardInterrupt: raised anywhere, it may be lost in a callback, and the run would wait on.
+    """
+    interrupted = threading.Event()
+
+    def end(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=client.close, daemon=True).start()  # it takes locks that this thread may hold
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _recover(partial: Path) -> tuple[int, int]:

@@ -274,7 +274,8 @@ def test_progress_is_a_plain_line_now_and_then_without_a_terminal() -> None:
     ]
 
 
-def test_progress_is_a_bar_on_a_terminal() -> None:
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     screen, now = io.StringIO(), [0.0]
     console = Console(file=screen, force_terminal=True, width=160, color_system=None)
     with RowProgress("scoring", 100, output=console, clock=lambda: now[0]) as progress:
