@@ -23,6 +23,7 @@ from steersman.trainer.jobs.model import (
     JobKind,
     JobSpec,
     JobState,
+    StepMetrics,
 )
 from steersman.trainer.jobs.monitor import Monitor
 from steersman.trainer.jobs.store import DATABASE_FILE, JobStore, Journal, dump_spec
@@ -222,6 +223,10 @@ class JobsHandler:
         """Active jobs by state, for the metrics."""
         active = await asyncio.to_thread(self._store.active)
         return {state: sum(job.state is state for job in active) for state in sorted(ACTIVE_STATES)}
+
+    def readings(self) -> list[tuple[Job, StepMetrics | None]]:
+        """Active jobs with the metrics of their newest steps. Blocks; sqlite3.Error if the database does not answer."""
+        return [(job, self._store.newest_metrics(job.id)) for job in self._store.active()]
 
     async def _tick(self) -> None:
         version = -1

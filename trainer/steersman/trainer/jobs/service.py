@@ -8,6 +8,7 @@ import grpc
 from steersman.serving.metrics import Metrics
 from steersman.trainer.jobs.handler import JobsHandler
 from steersman.trainer.jobs.launcher import Launcher, LocalLauncher
+from steersman.trainer.jobs.metrics import JobCollector
 from steersman.trainer.jobs.servicer import TrainerServicer
 from steersman.trainer.jobs.settings import TrainerSettings
 from steersman.trainer.jobs.validation import SettingsValidator, Validator
@@ -22,6 +23,7 @@ class TrainerServer:
     def __init__(self, handler: JobsHandler, metrics: Metrics) -> None:
         self._handler = handler
         self._jobs = metrics.gauge("jobs", "Jobs that have not ended.", ("state",))
+        metrics.collect(JobCollector(handler.readings))
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Adds the servicer."""

@@ -241,6 +241,13 @@ class JobStore:
             query = "SELECT COALESCE(MAX(sequence), 0) FROM events WHERE job_id = ?"
             return int(connection.execute(query, (job_id,)).fetchone()[0])
 
+    def newest_metrics(self, job_id: str) -> StepMetrics | None:
+        """The metrics of the newest step; None before the first, and for a job that is not known."""
+        query = "SELECT * FROM events WHERE job_id = ? AND type = ? ORDER BY sequence DESC LIMIT 1"
+        with self._reading() as connection:
+            row = connection.execute(query, (job_id, _TYPE_NAMES[StepMetrics])).fetchone()
+        return None if row is None else StepMetrics(**json.loads(row["payload"]))
+
     def data_version(self) -> int:
         """A number that changes when *another* connection commits: a cheap question before a query."""
         with self._reading() as connection:
