@@ -23,8 +23,10 @@ from steersman.client.weights import AsyncWeightClient
 from steersman.wire.identity import WeightVersion
 
 WAIT_S = 90.0
-TOLERANCE = 1e-4
-"""Largest difference of float32 log-probs between vLLM and transformers that is rounding."""
+TOLERANCE = 1e-3
+"""Of float32 log-probs between vLLM and transformers: twenty times what rounding makes of 400 tokens here, whose logits
+are far larger than a trained model's, and a ten thousandth of what the median token of another version shows.
+"""
 START = WeightVersion()
 
 
