@@ -17,12 +17,12 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar
 
 import typer
 
@@ -38,8 +38,10 @@ _CHUNK_ROWS: Final = 512
 _CHUNKS_IN_FLIGHT: Final = 4
 # For a chunk that waits behind others at a slow server.
 _CHUNK_SECONDS: Final = 600.0
+_SIGNAL_SECONDS: Final = 0.5
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,14 +265,21 @@ def _scored(
         while chunk := list(islice(numbered, _CHUNK_ROWS)):
             waiting.append(pool.submit(_score_chunk, client, job, chunk))
             if len(waiting) == _CHUNKS_IN_FLIGHT:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
     except BaseException:
         client.close()  # ends the calls under way, which nobody waits for any more
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(future: Future[T]) -> T:
+    """Waits in short steps: a signal that comes just before a wait begins is handled only when it ends."""
+    while not wait([future], _SIGNAL_SECONDS).done:
+        pass
+    return future.result()
 
 
 def _score_chunk(client: RewardClient, job: ScoreFile, chunk: list[tuple[Row, Row | None]]) -> list[Row]:
