@@ -4,23 +4,53 @@
 ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${BASE_IMAGE} AS build
+# pip stands beside the environment, so that it is not in the image. Its configuration, if it needs one, is the secret `pip`;
+# the certificate authorities that this names, if not the public ones, the secret `ca` (/run/secrets/ca).
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
-    && python3 -m venv /opt/steersman
-ENV PATH=/opt/steersman/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=/src/constraints.txt
+    && python3 -m venv /opt/pip \
+    && python3 -m venv --without-pip /opt/steersman
+ENV PATH=/opt/pip/bin:$PATH PIP_PYTHON=/opt/steersman/bin/python PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore PIP_CONFIG_FILE=/run/secrets/pip PIP_CONSTRAINT=/src/constraints.txt
 WORKDIR /src
 COPY constraints.txt ./
-# The default index serves CUDA builds; an index of CPU builds makes the image some 5 GB smaller.
+# The default index serves CUDA builds. With a further index of CPU builds, whose version `+cpu` counts as the newer one,
+# the image is some 5 GB smaller.
 ARG TORCH_INDEX_URL=
-RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch numpy
-COPY pyproject.toml README.md LICENSE ./
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch numpy
+# Without sources this brings what Steersman depends on, in a layer that a change of the sources leaves as it is.
+COPY pyproject.toml LICENSE ./
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    touch README.md \
+    && pip install ".[scoring]" \
+    && pip uninstall --yes steersman \
+    && echo /opt/sources > "$(echo /opt/steersman/lib/python3*/site-packages)/steersman.pth"
+
+FROM build AS steersman
+COPY README.md ./
 COPY client client
 COPY services services
 COPY trainer trainer
-RUN pip install ".[scoring]"
+RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
+    pip install --no-deps --target /opt/sources .
 
 FROM ${BASE_IMAGE}
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 tini \
+    && apt-get clean \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 steersman \
+    && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin steersman
+COPY --from=build /opt/steersman /opt/steersman
+COPY --from=steersman /opt/sources /opt/sources
+# Nothing is written outside volumes: caches of libraries go to HOME, and no module comes from the working directory.
+ENV PATH=/opt/sources/bin:/opt/steersman/bin:$PATH HOME=/tmp \
+    PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /tmp
+USER 10001:10001
+EXPOSE 50052 9052 8081
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="steersman-reference" \
@@ -28,16 +58,5 @@ LABEL org.opencontainers.image.title="steersman-reference" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 tini \
-    && rm -rf /var/lib/apt/lists/* \
-    && groupadd --gid 10001 steersman \
-    && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin steersman
-COPY --from=build /opt/steersman /opt/steersman
-# Nothing is written outside volumes: caches of libraries go to HOME, and no module comes from the working directory.
-ENV PATH=/opt/steersman/bin:$PATH HOME=/tmp PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-WORKDIR /tmp
-USER 10001:10001
-EXPOSE 50052 9052 8081
 # tini passes signals on while a model loads, when Python as process 1 would not hear them, and reaps orphans.
 ENTRYPOINT ["tini", "--", "python", "-m", "steersman.reference"]
