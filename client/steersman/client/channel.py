@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from steersman.wire.errors import invalid_field
-from steersman.wire.limits import MAX_MESSAGE_BYTES
+from steersman.wire.limits import MAX_MESSAGE_BYTES, MIN_KEEPALIVE_SECONDS
 
 # Repeating these changes nothing at the server. CreateJob, BeginPush, chunk streams and the like are not among them.
 _IDEMPOTENT: Final = {
@@ -79,8 +79,9 @@ class ChannelSettings:
         max_message_bytes: largest message in either direction.
         retry_attempts: tries of an idempotent call that meets UNAVAILABLE, 1 (no retry) to 5 (gRPC's own limit).
         retry_initial_backoff_seconds: before the second try; doubles each time, with jitter, up to 5 s.
-        keepalive_seconds: a peer that is silent for so long during a call is pinged.
-        keepalive_timeout_seconds: and given up when it does not answer the ping for so long.
+        keepalive_seconds: a peer that is silent for so long during a call is pinged, at least 5. A network that drops
+            packets without a word shows by nothing else.
+        keepalive_timeout_seconds: and given up when it answers no ping, or takes no byte, for so long.
         max_reconnect_seconds: longest pause between attempts to connect. gRPC's own 120 s would leave a restarted
             server idle for minutes.
     """
@@ -88,13 +89,18 @@ class ChannelSettings:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     retry_attempts: int = 4
     retry_initial_backoff_seconds: float = 0.2
-    keepalive_seconds: float = 30.0
-    keepalive_timeout_seconds: float = 15.0
+    keepalive_seconds: float = 20.0
+    keepalive_timeout_seconds: float = 10.0
     max_reconnect_seconds: float = 3.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.retry_attempts <= 5:
             raise ValueError(f"retry_attempts is {self.retry_attempts}, allowed: 1 to 5")
+        if self.keepalive_seconds < MIN_KEEPALIVE_SECONDS:
+            raise ValueError(
+                f"keepalive_seconds is {self.keepalive_seconds}, allowed: at least {MIN_KEEPALIVE_SECONDS:g}; servers "
+                "end connections that ping more often"
+            )
 
 
 def service_config(settings: ChannelSettings) -> str:
@@ -174,7 +180,10 @@ def channel_options(settings: ChannelSettings, credentials: Credentials | None) 
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.keepalive_time_ms", round(settings.keepalive_seconds * 1000)),
+        # The kernel gives up what nobody acknowledges for so long (TCP_USER_TIMEOUT).
         ("grpc.keepalive_timeout_ms", round(settings.keepalive_timeout_seconds * 1000)),
+        # Where a proxy on the way acknowledges, the answer to the ping decides, and gRPC would wait a minute for it.
+        ("grpc.http2.ping_timeout_ms", round(settings.keepalive_timeout_seconds * 1000)),
         # gRPC's default of two pings would stop the watch over a call that is quiet for long.
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),

@@ -15,6 +15,9 @@ MAX_RELAY_DEPTH: Final = 64
 MAX_RELAY_FAN_OUT: Final = 16
 MAX_RELAY_HOPS: Final = 1024
 
+# Servers end connections that ping them more often. A bit less than this, for clocks that differ.
+MIN_KEEPALIVE_SECONDS: Final = 5.0
+
 # vLLM raises anything between 0 and the lower one to it, and log-probs would be of another distribution than asked.
 MIN_TEMPERATURE: Final = 0.01
 MAX_TEMPERATURE: Final = 100.0

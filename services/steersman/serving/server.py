@@ -24,7 +24,7 @@ from steersman.serving.security.gate import Gate
 from steersman.serving.security.tls import ServerCertificates
 from steersman.serving.service import EngineDead, Service
 from steersman.serving.settings import ServerSettings
-from steersman.wire.limits import MIB
+from steersman.wire.limits import MIB, MIN_KEEPALIVE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +188,18 @@ async def start_server(service: Service, settings: ServerSettings, metrics: Metr
         # own estimate is left off: while the reader waits for a core it grows to hundreds of MiB.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", STREAM_WINDOW_BYTES),
-        # Clients may ping every 10 s while idle, to notice a dead connection.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Callers may ping, also while nothing is under way, to notice a dead connection. A little earlier than agreed:
+        # pings that queue up on the way arrive closer together.
+        ("grpc.http2.min_ping_interval_without_data_ms", round(0.8 * 1000 * MIN_KEEPALIVE_SECONDS)),
         ("grpc.keepalive_permit_without_calls", 1),
+        # And the server notices callers that are gone without a word: what they hold (samples under way, a push, their
+        # share of the calls) would be held for hours by gRPC's own default. This also bounds how long the kernel sends
+        # again what nobody takes (TCP_USER_TIMEOUT).
+        ("grpc.keepalive_time_ms", round(1000 * settings.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", round(500 * settings.keepalive_seconds)),
+        # Where something on the way acknowledges in the other's stead, this decides, and gRPC's default is a minute.
+        ("grpc.http2.ping_timeout_ms", round(500 * settings.keepalive_seconds)),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     if settings.max_connection_age_seconds is not None:
         options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))

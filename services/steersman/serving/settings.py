@@ -80,6 +80,13 @@ class ServerSettings(BaseSettings):
         description="Connections are to be made anew after so long, so that callers find servers that were added; "
         "calls under way end in peace. None: never.",
     )
+    keepalive_seconds: float = Field(
+        20.0,
+        ge=1,
+        le=7200,
+        description="A caller that is silent for so long is pinged, and its calls are ended if it does not answer in "
+        "half of that.",
+    )
     tls: TlsSettings | None = Field(None, description="TLS for every port of the server; none is in the clear.")
     metrics_in_clear: bool = Field(
         False, description="Serve metrics without TLS all the same, for a scraper that cannot; they hold no content."

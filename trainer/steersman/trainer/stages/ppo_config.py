@@ -110,6 +110,12 @@ class ServiceSettings(_Settings):
     call_concurrency: int = Field(default=2, ge=1, description="Calls under way at reward, and at reference.")
     item_attempts: int = Field(default=3, ge=1, description="Tries of an item that failed by itself.")
     give_up_seconds: Positive = Field(default=1800.0, description="How long a service may stay away.")
+    keepalive_seconds: float = Field(
+        default=20.0,
+        ge=5,
+        description="A service that is silent for so long during a call is pinged, and counts as away when it does not "
+        "answer within half of that.",
+    )
     backoff_seconds: Positive = Field(default=0.25, description="First wait after a failure; doubles each time.")
     max_backoff_seconds: Positive = Field(default=5.0, description="Longest wait between two tries.")
 

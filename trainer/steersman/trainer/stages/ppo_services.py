@@ -9,8 +9,9 @@ import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -43,9 +44,6 @@ from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import ModelInfo
 
 T = TypeVar("T")
-
-# No retries inside the channel: what comes back must get its weights before a prompt reaches it.
-_ONCE: Final = ChannelSettings(retry_attempts=1)
 
 
 class Services(Protocol):
@@ -113,6 +111,9 @@ class GrpcServices:
             max_seconds=settings.max_backoff_seconds,
             give_up_seconds=settings.give_up_seconds,
         )
+        self._channel = _channel_settings(settings)
+        # No retries inside the channel: what comes back must get its weights before a prompt reaches it.
+        self._once = replace(self._channel, retry_attempts=1)
         self._thread = LoopThread()
         self._stack = AsyncExitStack()
         self._discovery: Discovery = discover(settings.policies)
@@ -167,12 +168,12 @@ class GrpcServices:
 
     async def _open(self) -> None:
         config, settings = self._config, self._config.services
-        enter, secret = self._stack.enter_async_context, self._credentials
-        self._reference = await enter(AsyncReferenceClient(settings.reference, credentials=secret))
-        self._reward = await enter(AsyncRewardClient(settings.reward, credentials=secret))
+        enter, secret, channel, once = self._stack.enter_async_context, self._credentials, self._channel, self._once
+        self._reference = await enter(AsyncReferenceClient(settings.reference, credentials=secret, settings=channel))
+        self._reward = await enter(AsyncRewardClient(settings.reward, credentials=secret, settings=channel))
         self._publisher = Publisher(
             lambda target: AsyncWeightClient(
-                target, credentials=secret, settings=_ONCE, timeout=_weight_call_seconds(settings)
+                target, credentials=secret, settings=once, timeout=_weight_call_seconds(settings)
             ),
             run_id=self._run_id,
             backoff=self._backoff,
@@ -186,7 +187,7 @@ class GrpcServices:
             self._discovery, self._publisher, self._check_policy, backoff=self._backoff, waits=self._waits
         )
         self._collector = Collector(
-            lambda target: GrpcPolicy(client=AsyncPolicyClient(target, credentials=secret, settings=_ONCE)),
+            lambda target: GrpcPolicy(client=AsyncPolicyClient(target, credentials=secret, settings=once)),
             self._reward_port(),
             GrpcReference(client=self._reference),
             self._replicas,
@@ -249,7 +250,7 @@ class GrpcServices:
         self._require_room(model, what)
 
     async def _check_policy(self, target: str) -> None:
-        async with AsyncPolicyClient(target, credentials=self._credentials, settings=_ONCE) as client:
+        async with AsyncPolicyClient(target, credentials=self._credentials, settings=self._once) as client:
             self._require_room(await _ask(client), f"policy at {target}")
 
     def _require_room(self, model: ModelInfo, name: str) -> None:
@@ -279,6 +280,11 @@ def _publish_settings(settings: ServiceSettings) -> PublishSettings:
         encoding=PushEncoding(settings.push_encoding),
         delta_history_bytes=settings.delta_history_mib * 2**20,
     )
+
+
+def _channel_settings(settings: ServiceSettings) -> ChannelSettings:
+    seconds = settings.keepalive_seconds
+    return ChannelSettings(keepalive_seconds=seconds, keepalive_timeout_seconds=seconds / 2)
 
 
 def _weight_call_seconds(settings: ServiceSettings) -> float:
