@@ -1,8 +1,12 @@
 """The digest of a complete set of weights, and the checksum of one chunk.
 
-A digest is XXH3-128 over the tensors in manifest order: for each its name in UTF-8, one zero byte, its little-endian
-elements. Trainer and policy compute it over what each holds in full, so it proves that the weights are the same, not
-merely that what was sent has arrived. It guards against faults, not against an enemy: that is TLS's business.
+A tensor is hashed in tiles of TILE_ELEMENTS elements, the last one shorter; a tile's digest is the XXH3-128 of its
+little-endian elements. The digest of the weights is the XXH3-128 over the tensors in manifest order: for each its name
+in UTF-8, one zero byte, the digests of its tiles. The grid of tiles is part of the contract, so the digest is the same
+whoever holds which part of a tensor, and tiles are hashed in any order, by any number of threads or processes.
+
+Trainer and policy compute it over what each holds in full, so it proves that the weights are the same, not merely that
+what was sent has arrived. It guards against faults, not against an enemy: that is TLS's business.
 """
 
 from typing import Any, Final
@@ -14,8 +18,10 @@ from numpy.typing import NDArray
 from steersman.wire.weights.manifest import Manifest
 
 DIGEST_BYTES: Final = 16
-_BLOCK_BYTES: Final = 1024 * 1024
-"""Other threads get the interpreter between blocks; larger ones are no faster."""
+TILE_ELEMENTS: Final = 1 << 17
+"""A quarter of a mebibyte of bfloat16. Smaller tiles cost calls and larger digests, larger ones are no faster, and
+where a tile lies across the border of two shards one of their holders sends its part to the other.
+"""
 
 
 def chunk_checksum(data: bytes | bytearray | memoryview) -> int:
@@ -23,8 +29,23 @@ def chunk_checksum(data: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def num_tiles(num_elements: int) -> int:
+    """Tiles of so many elements."""
+    return -(-num_elements // TILE_ELEMENTS)
+
+
+def tile_digests(elements: NDArray[Any] | bytes | memoryview, item_bytes: int) -> bytes:
+    """The digests of tiles that follow one another, joined: 16 bytes for each.
+
+    `elements` begin where a tile begins and end where one ends; an array is contiguous, of any shape. Other threads get
+    the interpreter between tiles.
+    """
+    data, step = _as_bytes(elements), TILE_ELEMENTS * item_bytes
+    return b"".join(xxhash.xxh3_128_digest(data[start : start + step].data) for start in range(0, data.size, step))
+
+
 class WeightDigest:
-    """Hashes tensors one by one, in manifest order, as they become complete.
+    """Joins the digests of tiles, which may come in any order, each once.
 
     >>> digest = WeightDigest(Manifest.of([TensorSpec(name="norm", shape=(2,), dtype="bfloat16")]))
     >>> digest.add("norm", np.zeros(2, np.uint16))
@@ -33,33 +54,42 @@ class WeightDigest:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self._tensors = manifest.tensors
-        self._next = 0
-        self._hasher = xxhash.xxh3_128()
+        self._manifest = manifest
+        self._tiles = [bytearray(DIGEST_BYTES * num_tiles(spec.num_elements)) for spec in manifest.tensors]
+        self._missing = [len(tiles) for tiles in self._tiles]
 
     def add(self, name: str, elements: NDArray[Any] | bytes | memoryview) -> None:
-        """Hashes the next tensor: all its elements, as a contiguous array of any shape or as bytes.
-
-        ValueError unless it is the next in the manifest and of its size.
-        """
-        if self._next == len(self._tensors):
-            raise ValueError(f"tensor is {name!r}, allowed: none after the {self._next} of the manifest")
-        spec = self._tensors[self._next]
-        if name != spec.name:
-            raise ValueError(f"tensor is {name!r}, allowed: {spec.name!r}, the next of the manifest")
+        """Hashes all elements of one tensor. ValueError unless it is in the manifest and of its size."""
+        index = self._manifest.index_of.get(name)
+        if index is None:
+            raise ValueError(f"tensor is {name!r}, allowed: one of the {len(self._tiles)} of the manifest")
+        spec = self._manifest.tensors[index]
         data = _as_bytes(elements)
         if data.size != spec.nbytes:
             raise ValueError(f"{name} has {data.size} bytes, allowed: {spec.nbytes} for {spec}")
-        self._hasher.update(spec.name.encode() + b"\0")
-        for start in range(0, data.size, _BLOCK_BYTES):
-            self._hasher.update(data[start : start + _BLOCK_BYTES].data)
-        self._next += 1
+        self.put(index, 0, tile_digests(data, spec.item_bytes))
+
+    def put(self, tensor_index: int, first_tile: int, digests: bytes) -> None:
+        """Takes the joined digests of tiles of one tensor, from `first_tile` on. ValueError if it has fewer."""
+        tiles, start = self._tiles[tensor_index], DIGEST_BYTES * first_tile
+        if len(digests) % DIGEST_BYTES or not 0 <= start <= len(tiles) - len(digests):
+            name = self._manifest.tensors[tensor_index].name
+            found = f"{len(digests)} bytes of digests from tile {first_tile} on"
+            raise ValueError(f"{name} has {found}, allowed: {len(tiles) // DIGEST_BYTES} tiles of {DIGEST_BYTES} bytes")
+        tiles[start : start + len(digests)] = digests
+        self._missing[tensor_index] -= len(digests)
 
     def finish(self) -> bytes:
-        """The digest. ValueError if tensors are missing."""
-        if self._next != len(self._tensors):
-            raise ValueError(f"{self._next} tensors were hashed, allowed: all {len(self._tensors)} of the manifest")
-        return self._hasher.digest()
+        """The digest. ValueError unless every tile came once."""
+        for spec, missing in zip(self._manifest.tensors, self._missing, strict=True):
+            if missing:
+                found = f"{missing // DIGEST_BYTES} tiles too few" if missing > 0 else "tiles that came twice"
+                raise ValueError(f"{spec.name} has {found}, allowed: each of {num_tiles(spec.num_elements)} once")
+        hasher = xxhash.xxh3_128()
+        for spec, tiles in zip(self._manifest.tensors, self._tiles, strict=True):
+            hasher.update(spec.name.encode() + b"\0")
+            hasher.update(tiles)
+        return hasher.digest()
 
 
 def _as_bytes(elements: NDArray[Any] | bytes | memoryview) -> NDArray[np.uint8]:

@@ -89,7 +89,7 @@ class Push:
         nbytes = chunk.num_elements * tensor.item_bytes
         if chunk.encoding == Encoding.DENSE:
             self.staging[start : start + nbytes] = chunk.data
-            self._following.wrote(chunk.tensor_index, chunk.num_elements)
+            self._following.wrote(chunk.tensor_index, chunk.element_offset, chunk.num_elements)
             return
         # A caller that goes away does not stop the thread, and what comes after must know of it.
         task = asyncio.create_task(self._apply(chunk, start, tensor.item_bytes, covered))
@@ -153,7 +153,7 @@ class Push:
             covered.discard(chunk.element_offset, chunk.element_offset + chunk.num_elements)
             raise error
         self.touch()
-        self._following.wrote(chunk.tensor_index, chunk.num_elements)
+        self._following.wrote(chunk.tensor_index, chunk.element_offset, chunk.num_elements)
 
     def _forget(self, task: "asyncio.Task[None]") -> None:
         self._writing.discard(task)
