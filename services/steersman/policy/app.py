@@ -46,7 +46,7 @@ class PolicyService:
             revision=f"xxh3:{self.store.initial_digest.hex()}",
             max_samples=settings.max_queue_samples,
         )
-        counted.watch(lambda: self.handler.num_samples, settings.max_num_seqs)
+        counted.watch(lambda: self.handler.num_samples, lambda: self.handler.num_tokens, settings.max_num_seqs)
         self._servicer = PolicyServicer(self.handler)
         relay = Relay(settings.relay_rules(), channel_opener(settings.relay_credentials))
         self._weight_servicer = WeightServicer(self.store, counted, relay)

@@ -73,11 +73,17 @@ class GenerationHandler:
         self._info = dataclasses.replace(engine.facts.info, revision=revision)
         self._max_samples = max_samples
         self._num_samples = 0
+        self._num_tokens = 0
 
     @property
     def num_samples(self) -> int:
         """Samples that are running or queued."""
         return self._num_samples
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that these may come to hold: their prompts, and what each may sample at most."""
+        return self._num_tokens
 
     def model(self) -> ModelInfo:
         """The model with the weights that are active now."""
@@ -127,7 +133,9 @@ class GenerationHandler:
         """
         if self._num_samples and self._num_samples + request.num_samples > self._max_samples:
             raise queue_full("the queue of samples", self._max_samples, _QUEUE_RETRY_S)
+        num_tokens = request.num_samples * (len(request.prompt_token_ids) + request.max_tokens)
         self._num_samples += request.num_samples
+        self._num_tokens += num_tokens
         try:
             self._metrics.accepted(len(request.prompt_token_ids))
             async with contextlib.aclosing(self._engine.generate(request)) as deltas:
@@ -138,6 +146,7 @@ class GenerationHandler:
             raise unavailable("the engine died; a new one is on its way") from error
         finally:
             self._num_samples -= request.num_samples
+            self._num_tokens -= num_tokens
 
     def _prompt(self, call: GenerateCall) -> Sequence[int]:
         facts = self._engine.facts

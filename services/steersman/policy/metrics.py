@@ -20,6 +20,9 @@ class PolicyMetrics:
             "policy_first_token_seconds", "Arrival to first token of streamed samples, in seconds."
         )
         self._in_flight = metrics.gauge("policy_samples_in_flight", "Samples running or queued.")
+        self._tokens_in_flight = metrics.gauge(
+            "policy_tokens_in_flight", "Tokens that samples running or queued may come to hold: prompts and max_tokens."
+        )
         self._queued = metrics.gauge("policy_samples_queued", "Samples beyond what can decode together.")
         self._step = metrics.gauge("policy_weight_step", "Optimiser step of the active weights.")
         self._switches = metrics.counter("policy_weight_switches", "Activations and rollbacks.")
@@ -33,9 +36,10 @@ class PolicyMetrics:
             "policy_weight_pause_seconds", "Standstill of generation at a switch.", buckets=_PAUSE_BUCKETS
         )
 
-    def watch(self, num_in_flight: Callable[[], int], num_slots: int) -> None:
+    def watch(self, num_in_flight: Callable[[], int], num_tokens: Callable[[], int], num_slots: int) -> None:
         """Reads the queue whenever the metrics are read; `num_slots` samples decode together."""
         self._in_flight.set_function(num_in_flight)
+        self._tokens_in_flight.set_function(num_tokens)
         self._queued.set_function(lambda: max(0, num_in_flight() - num_slots))
 
     def accepted(self, num_prompt_tokens: int) -> None:

@@ -371,6 +371,7 @@ async def test_metrics(harness: Harness) -> None:
     assert value("steersman_policy_generated_tokens_total") == 3
     assert value("steersman_policy_samples_total", {"finish_reason": "length"}) == 1
     assert value("steersman_policy_samples_in_flight") == 0
+    assert value("steersman_policy_tokens_in_flight") == 0
     assert value("steersman_policy_weight_step") == 4
     assert value("steersman_policy_weight_received_bytes_total") == 62
     assert value("steersman_policy_weight_pause_seconds_sum") == 0.125

@@ -147,6 +147,7 @@ async def test_a_full_queue_refuses_until_there_is_room(engine: FakeEngine) -> N
 
     first = asyncio.create_task(collect())
     await engine.started.wait()
+    assert (handler.num_samples, handler.num_tokens) == (2, 2 * (len(IDS) + 2))
     with pytest.raises(SteersmanError) as caught:
         await anext(handler.generate(request))
     assert caught.value.reason is Reason.QUEUE_FULL
@@ -154,6 +155,7 @@ async def test_a_full_queue_refuses_until_there_is_room(engine: FakeEngine) -> N
     engine.gate.set()
     assert len(await first) == 4
     assert len(await collect()) == 4
+    assert (handler.num_samples, handler.num_tokens) == (0, 0)
 
 
 async def test_more_samples_than_the_queue_holds_run_when_it_is_empty(engine: FakeEngine) -> None:
