@@ -38,7 +38,8 @@ def test_no_object_is_there_twice(overlay: Overlay) -> None:
 
 def test_all_is_in_one_namespace(overlay: Overlay) -> None:
     assert list(overlay.of("Namespace")) == ["steersman"]
-    found = {one["metadata"].get("namespace") for one in overlay.objects if one["kind"] != "Namespace"}
+    cluster_wide = {"Namespace", "PriorityClass"}
+    found = {one["metadata"].get("namespace") for one in overlay.objects if one["kind"] not in cluster_wide}
     assert found == {"steersman"}
     for binding in overlay.of("RoleBinding").values():
         assert [subject["namespace"] for subject in binding["subjects"]] == ["steersman"]
