@@ -73,6 +73,7 @@ def create_request(
                 queue_name=resources.queue_name,
                 labels=dict(resources.labels),
                 image=resources.image,
+                processes_per_node=resources.processes_per_node,
             )
         )
     return trainer_pb2.CreateJobRequest(job_id=job_id or "", spec=spec, validate_only=validate_only)
@@ -109,6 +110,7 @@ def job_from_proto(message: trainer_pb2.Job) -> Job:
             queue_name=resources.queue_name,
             labels=dict(resources.labels),
             image=resources.image,
+            processes_per_node=resources.processes_per_node,
         ),
         state=_known_state(message.state),
         progress=_progress(message.progress),

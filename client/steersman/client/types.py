@@ -345,7 +345,9 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobResources:
-    """What a job needs. 0 and empty mean: no limit, or the server's choice."""
+    """What a job needs. 0 and empty mean: no limit, or the server's choice; without `processes_per_node` all processes are
+    on one node.
+    """
 
     num_processes: int = 1
     gpus_per_process: int = 0
@@ -354,6 +356,7 @@ class JobResources:
     queue_name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     image: str = ""
+    processes_per_node: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

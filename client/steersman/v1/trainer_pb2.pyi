@@ -40,7 +40,7 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
 
 class JobResources(_message.Message):
-    __slots__ = ("num_processes", "gpus_per_process", "cpus_per_process", "memory_bytes_per_process", "queue_name", "labels", "image")
+    __slots__ = ("num_processes", "gpus_per_process", "cpus_per_process", "memory_bytes_per_process", "queue_name", "labels", "image", "processes_per_node")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class JobResources(_message.Message):
     QUEUE_NAME_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_PER_NODE_FIELD_NUMBER: _ClassVar[int]
     num_processes: int
     gpus_per_process: int
     cpus_per_process: float
@@ -62,7 +63,8 @@ class JobResources(_message.Message):
     queue_name: str
     labels: _containers.ScalarMap[str, str]
     image: str
-    def __init__(self, num_processes: _Optional[int] = ..., gpus_per_process: _Optional[int] = ..., cpus_per_process: _Optional[float] = ..., memory_bytes_per_process: _Optional[int] = ..., queue_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., image: _Optional[str] = ...) -> None: ...
+    processes_per_node: int
+    def __init__(self, num_processes: _Optional[int] = ..., gpus_per_process: _Optional[int] = ..., cpus_per_process: _Optional[float] = ..., memory_bytes_per_process: _Optional[int] = ..., queue_name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., image: _Optional[str] = ..., processes_per_node: _Optional[int] = ...) -> None: ...
 
 class JobSpec(_message.Message):
     __slots__ = ("kind", "config", "resources")

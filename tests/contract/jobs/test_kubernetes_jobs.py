@@ -191,10 +191,10 @@ async def test_the_next_service_goes_on_with_the_same_job(service: Fixture) -> N
 
 async def test_what_no_pod_can_have_is_refused(service: Fixture) -> None:
     with pytest.raises(SteersmanError) as caught:
-        await service.client.create_job("sft", {}, resources=JobResources(num_processes=8, image="other:1"))
+        await service.client.create_job("sft", {}, resources=JobResources(num_processes=65, image="other:1"))
     assert caught.value.reason is Reason.INVALID_FIELD
     fields = [violation.field for violation in caught.value.violations]
-    assert fields == ["spec.resources.num_processes", "spec.resources.image"]
+    assert fields == ["spec.resources.processes_per_node", "spec.resources.image"]
 
 
 async def test_the_database_needs_no_memory_shared_between_machines(service: Fixture) -> None:

@@ -9,10 +9,10 @@ import yaml
 from api_server import Refusal
 from job_api_server import JobApiServer
 
+from steersman.cluster import api as cluster
+from steersman.cluster.settings import KubernetesSettings
 from steersman.trainer.jobs.folder import JobFile, write_job_file
-from steersman.trainer.jobs.kubernetes import cluster
 from steersman.trainer.jobs.kubernetes.launcher import KubernetesLauncher
-from steersman.trainer.jobs.kubernetes.settings import KubernetesSettings
 from steersman.trainer.jobs.launcher import LaunchRefused, process_handle
 from steersman.trainer.jobs.model import JobKind, JobResources, JobSpec
 from steersman.wire.errors import Reason, SteersmanError
@@ -396,7 +396,10 @@ async def test_no_server_at_all(server: JobApiServer, run: Path) -> None:
 @pytest.mark.parametrize(
     ("resources", "field"),
     [
-        (JobResources(num_processes=2), "spec.resources.num_processes"),
+        (JobResources(num_processes=-1), "spec.resources.num_processes"),
+        (JobResources(num_processes=65), "spec.resources.processes_per_node"),
+        (JobResources(num_processes=8, processes_per_node=3), "spec.resources.processes_per_node"),
+        (JobResources(num_processes=64000, processes_per_node=32), "spec.resources.processes_per_node"),
         (JobResources(gpus_per_process=2), "spec.resources.gpus_per_process"),
         (JobResources(cpus_per_process=float("nan")), "spec.resources.cpus_per_process"),
         (JobResources(memory_bytes_per_process=-1), "spec.resources.memory_bytes_per_process"),

@@ -6,9 +6,9 @@ import kubernetes_validate
 import pytest
 from pydantic import ValidationError
 
-from steersman.trainer.jobs.kubernetes.manifest import Workload, job_manifest, job_name
-from steersman.trainer.jobs.kubernetes.settings import KubernetesSettings
-from steersman.trainer.jobs.model import JobResources
+from steersman.cluster.objects import Workload, object_name, workload_objects
+from steersman.cluster.resources import JobResources
+from steersman.cluster.settings import KubernetesSettings
 
 BARE: dict[str, Any] = {"image": "registry.test/trainer:1", "run_claim": "runs"}
 FULL: dict[str, Any] = BARE | {
@@ -44,7 +44,7 @@ def manifest(settings: dict[str, Any], *, attempt: int = 1, job_id: str = "ppo-1
         user=1000,
         group=2000,
     )
-    return job_manifest(workload, KubernetesSettings(**settings), namespace="rl")
+    return workload_objects(workload, KubernetesSettings(**settings), namespace="rl")[0]
 
 
 def container(job: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +144,10 @@ def test_labels_of_people_never_hide_those_it_is_found_by() -> None:
 
 def test_names_fit_labels_and_differ() -> None:
     long = ["a" * 63, "a" * 62 + "b", "a" * 40 + "-" * 10 + "c"]
-    names = [job_name(one, attempt) for one in ["x", *long] for attempt in (1, 2, 123)]
+    names = [object_name(one, attempt) for one in ["x", *long] for attempt in (1, 2, 123)]
     assert len(set(names)) == len(names)
     assert all(len(name) <= 63 for name in names)
-    assert job_name("x", 2) == "steersman-x-2"
+    assert object_name("x", 2) == "steersman-x-2"
 
 
 @pytest.mark.parametrize(

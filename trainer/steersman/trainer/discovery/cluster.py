@@ -7,15 +7,15 @@ import this module only where it is needed.
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, Final
 
 import urllib3
-from kubernetes import client, config
+from kubernetes import client
 
+from steersman.cluster.api import load_client
+from steersman.cluster.problem import ApiProblem, NoCluster, problem_of
 from steersman.trainer.discovery.ports import DiscoveryRefused
-from steersman.trainer.discovery.slice_api import ApiProblem, Listing
+from steersman.trainer.discovery.slice_api import Listing
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ WATCH_SECONDS: Final = 60
 _CONNECT_SECONDS: Final = 5.0
 _LIST_SECONDS: Final = 20.0
 _WATCH_READ_SECONDS: Final = WATCH_SECONDS + 10.0
-_NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _SERVICE_LABEL: Final = "kubernetes.io/service-name"
 
 
@@ -108,31 +107,11 @@ def connect(service: str, namespace: str | None) -> ClusterSlices:
     """The slices of a Service, by the pod's service account or else the kubeconfig. DiscoveryRefused if there is
     neither.
     """
-    api_client, default = load_client()
-    return ClusterSlices(api_client, namespace=namespace or default, service=service)
-
-
-def load_client() -> tuple[client.ApiClient, str]:
-    """A client by the pod's service account or else the kubeconfig, and the namespace that either names.
-    DiscoveryRefused if there is neither. The client never tries again by itself.
-    """
-    settings = client.Configuration()
-    # urllib3 would sleep for as long as Retry-After says, and no stop would reach it.
-    settings.retries = urllib3.Retry(0, redirect=3)
     try:
-        config.load_incluster_config(client_configuration=settings)
-        default = _NAMESPACE_FILE.read_text(encoding="utf-8").strip() if _NAMESPACE_FILE.exists() else "default"
-    except config.ConfigException as outside:
-        try:
-            config.load_kube_config(client_configuration=settings)
-            default = config.list_kube_config_contexts()[1]["context"].get("namespace") or "default"
-        except (config.ConfigException, OSError) as error:
-            message = (
-                f"no way to the Kubernetes API: not in a pod with a service account ({outside}), and no kubeconfig "
-                f"({error}). Set KUBECONFIG, or automountServiceAccountToken: true"
-            )
-            raise DiscoveryRefused(message) from error
-    return client.ApiClient(settings), default
+        api_client, default = load_client()
+    except NoCluster as error:
+        raise DiscoveryRefused(str(error)) from error
+    return ClusterSlices(api_client, namespace=namespace or default, service=service)
 
 
 def _events(response: urllib3.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -148,13 +127,3 @@ def _events(response: urllib3.HTTPResponse) -> Iterator[dict[str, Any]]:
     if rest.strip():
         raise ValueError("it ended in the middle of an event")
 
-
-def problem_of(error: Any) -> ApiProblem:
-    """What an `ApiException` of the client says."""
-    message = error.reason or "no reason"
-    with suppress(ValueError, KeyError, TypeError):  # a proxy's page, or nothing: the reason must do
-        message = json.loads(error.body)["message"] or message
-    retry_after = (error.headers or {}).get("Retry-After", "")
-    return ApiProblem(
-        error.status or 0, message, retry_after_seconds=float(retry_after) if retry_after.isdecimal() else None
-    )

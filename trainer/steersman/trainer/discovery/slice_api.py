@@ -4,19 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steersman.cluster.problem import ApiProblem
 
-class ApiProblem(Exception):
-    """A request to the API server that failed.
-
-    Attributes:
-        status: of HTTP, or of the Status object in a watch; 0 if there was no answer.
-        retry_after_seconds: what the server asks for, None if nothing.
-    """
-
-    def __init__(self, status: int, message: str, *, retry_after_seconds: float | None = None) -> None:
-        super().__init__(f"{status}: {message}" if status else message)
-        self.status = status
-        self.retry_after_seconds = retry_after_seconds
+__all__ = ["ApiProblem", "Listing", "SliceApi"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ def spec_from_proto(message: trainer_pb2.JobSpec) -> JobSpec:
             queue_name=resources.queue_name,
             labels=dict(resources.labels),
             image=resources.image,
+            processes_per_node=resources.processes_per_node,
         ),
     )
 
@@ -73,6 +74,7 @@ def job_to_proto(job: Job) -> trainer_pb2.Job:
                 queue_name=resources.queue_name,
                 labels=dict(resources.labels),
                 image=resources.image,
+                processes_per_node=resources.processes_per_node,
             ),
         ),
         state=f"JOB_STATE_{job.state.name}",

@@ -25,12 +25,6 @@ from steersman.wire.errors import FieldViolation
 
 # sysexits.h EX_TEMPFAIL: the worker found another worker in its run folder.
 EXIT_FOLDER_IN_USE: Final = 75
-# 128 + SIGTERM: the worker wrote its checkpoint because it was told to stop, and whoever told it starts it again.
-EXIT_STOPPED: Final = 143
-
-# Environment of a worker that something else than this service starts again: the handle that it is known by.
-ENV_HANDLE: Final = "STEERSMAN_WORKER_HANDLE"
-
 REAP_SECONDS: Final = 10.0
 
 
@@ -89,6 +83,11 @@ class LocalLauncher:
         num_cpus = os.cpu_count() or 1
         bounds = {
             "num_processes": (resources.num_processes, "0 or 1", resources.num_processes in (0, 1)),
+            "processes_per_node": (
+                resources.processes_per_node,
+                "0 or num_processes",
+                resources.processes_per_node in (0, max(1, resources.num_processes)),
+            ),
             "gpus_per_process": (resources.gpus_per_process, "0 or 1", resources.gpus_per_process in (0, 1)),
             "cpus_per_process": (
                 resources.cpus_per_process,

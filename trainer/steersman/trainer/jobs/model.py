@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from steersman.cluster.resources import JobResources as JobResources
+
 
 class JobKind(StrEnum):
     """What a job trains; the names of `steersman.v1.JobKind` without their prefix, in lower case."""
@@ -41,19 +43,6 @@ MOVES: Final[Mapping[JobState, frozenset[JobState]]] = {
     JobState.FAILED: frozenset({JobState.PENDING}),
     JobState.CANCELLED: frozenset({JobState.PENDING}),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobResources:
-    """What a job needs; zero and empty mean the launcher's default."""
-
-    num_processes: int = 0
-    gpus_per_process: int = 0
-    cpus_per_process: float = 0.0
-    memory_bytes_per_process: int = 0
-    queue_name: str = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    image: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

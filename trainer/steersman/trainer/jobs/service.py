@@ -72,10 +72,10 @@ def make_launcher(settings: TrainerSettings) -> Launcher:
     if settings.launcher == "local" or cluster is None:
         return LocalLauncher()
     try:
-        from steersman.trainer.jobs.kubernetes.cluster import connect  # needs an optional package
+        from steersman.cluster.api import connect  # needs an optional package
     except ImportError as error:
         raise ValueError(f"launcher kubernetes needs the package kubernetes ({error})") from None
-    from steersman.trainer.discovery.ports import DiscoveryRefused
+    from steersman.cluster.problem import NoCluster
     from steersman.trainer.jobs.kubernetes.launcher import KubernetesLauncher
 
     runs = settings.runs_directory.resolve()
@@ -90,6 +90,6 @@ def make_launcher(settings: TrainerSettings) -> Launcher:
             raise ValueError(f"kubernetes.{name} is none, and this service runs as root; allowed: an id of 1 or more")
     try:
         api = connect(cluster.namespace, cluster.request_seconds)
-    except DiscoveryRefused as error:
+    except NoCluster as error:
         raise ValueError(str(error)) from error
     return KubernetesLauncher(cluster, api, user=user, group=group)

@@ -5,8 +5,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from steersman.cluster.settings import KubernetesSettings
 from steersman.serving.settings import ServerSettings
-from steersman.trainer.jobs.kubernetes.settings import KubernetesSettings
 
 
 class TrainerSettings(ServerSettings):

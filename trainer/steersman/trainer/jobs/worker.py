@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from steersman.cluster.objects import ENV_HANDLE, EXIT_STOPPED
 from steersman.serving import logging as serving_logging
 from steersman.trainer.jobs import folder
 from steersman.trainer.jobs.events import EventWriter
-from steersman.trainer.jobs.launcher import ENV_HANDLE, EXIT_FOLDER_IN_USE, EXIT_STOPPED, process_handle
+from steersman.trainer.jobs.launcher import EXIT_FOLDER_IN_USE, process_handle
 from steersman.trainer.jobs.model import JobState
 from steersman.trainer.jobs.registry import STAGES, Stages
 from steersman.trainer.jobs.store import JobStore

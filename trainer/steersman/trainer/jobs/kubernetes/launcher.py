@@ -14,23 +14,21 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import yaml
 
-from steersman.trainer.discovery.slice_api import ApiProblem
+from steersman.cluster import objects
+from steersman.cluster.explain import explain_problem, is_over, is_transient, standing
+from steersman.cluster.making import make, make_rest
+from steersman.cluster.objects import LABEL_ATTEMPT, LABEL_JOBSET_OWNER, LABEL_POD_OWNER, Workload
+from steersman.cluster.port import JOBS, JOBSETS, ClusterApi, Kind
+from steersman.cluster.problem import ApiProblem
+from steersman.cluster.settings import RESERVED_LABELS, KubernetesSettings, is_label_value, is_own_label
 from steersman.trainer.jobs import folder
-from steersman.trainer.jobs.kubernetes.explain import explain_problem, is_transient, job_status
-from steersman.trainer.jobs.kubernetes.manifest import (
-    LABEL_ATTEMPT,
-    LABEL_POD_OWNER,
-    Workload,
-    job_manifest,
-    own_labels,
-)
-from steersman.trainer.jobs.kubernetes.settings import RESERVED_LABELS, KubernetesSettings, is_label_value, is_own_label
 from steersman.trainer.jobs.launcher import LaunchRefused, WorkerStatus
 from steersman.trainer.jobs.model import JobResources, JobSpec
 from steersman.trainer.retry import Backoff
@@ -41,27 +39,14 @@ logger = logging.getLogger(__name__)
 # Not 0: that takes the pod out of the API while its container may still run, and a next one would find the run in use.
 KILL_GRACE_SECONDS: Final = 1
 MAX_WAIT_SECONDS: Final = 60.0
-_FINISHED: Final = frozenset({"Complete", "Failed"})
-
-
-class JobApi(Protocol):
-    """Jobs, pods and events of one namespace; see `cluster.Cluster`. Methods block, and raise ApiProblem."""
-
-    namespace: str
-
-    def jobs(self, labels: Mapping[str, str]) -> list[dict[str, Any]]: ...
-    def job(self, name: str) -> dict[str, Any]: ...
-    def apply_job(self, manifest: Mapping[str, Any]) -> dict[str, Any]: ...
-    def delete_job(self, name: str, uid: str, *, wait_for_pods: bool) -> None: ...
-    def pods(self, labels: Mapping[str, str]) -> list[dict[str, Any]]: ...
-    def delete_pod(self, name: str, uid: str, *, grace_seconds: int) -> None: ...
-    def events(self, uid: str) -> list[dict[str, Any]]: ...
+MAX_NODES: Final = 1000
+MAX_PROCESSES_PER_NODE: Final = 64
 
 
 class KubernetesLauncher:
     """See `Launcher`. `user` and `group` are what workers run as where the settings do not say."""
 
-    def __init__(self, settings: KubernetesSettings, api: JobApi, *, user: int, group: int) -> None:
+    def __init__(self, settings: KubernetesSettings, api: ClusterApi, *, user: int, group: int) -> None:
         self._settings = settings
         self._api = api
         self._user = settings.run_as_user or user
@@ -72,15 +57,20 @@ class KubernetesLauncher:
         self._pause = _Pause()
 
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
-        """A job is one process for now, of an image and with labels that the settings allow."""
+        """Processes are spread evenly over nodes; image and labels are what the settings allow."""
         image_fine = resources.image in ("", self._settings.image) or any(
             fnmatch.fnmatchcase(resources.image, pattern) for pattern in self._settings.allowed_images
         )
         bounds = {
             "num_processes": (
                 resources.num_processes,
-                "0 or 1: training over several processes is not there yet",
-                resources.num_processes in (0, 1),
+                f"0 to {MAX_NODES * MAX_PROCESSES_PER_NODE}",
+                0 <= resources.num_processes <= MAX_NODES * MAX_PROCESSES_PER_NODE,
+            ),
+            "processes_per_node": (
+                resources.processes_per_node,
+                f"0 to {MAX_PROCESSES_PER_NODE}, a divisor of num_processes, with at most {MAX_NODES} nodes",
+                _spread_evenly(resources),
             ),
             "gpus_per_process": (resources.gpus_per_process, "0 or 1", resources.gpus_per_process in (0, 1)),
             "cpus_per_process": (resources.cpus_per_process, "0 to 1024", 0 <= resources.cpus_per_process <= 1024),
@@ -103,8 +93,8 @@ class KubernetesLauncher:
 
     async def describe(self, run_directory: Path, spec: JobSpec) -> str:
         """See `Launcher`: the Job of a first launch, as YAML."""
-        manifest = self._manifest(run_directory.name, run_directory, spec, attempt=1)
-        return yaml.safe_dump(manifest, sort_keys=False)
+        things = self._objects(run_directory.name, run_directory, spec, attempt=1)
+        return yaml.safe_dump_all(things, sort_keys=False)
 
     async def launch(self, run_directory: Path, resources: JobResources) -> str:
         """See `Launcher`. ENGINE_UNAVAILABLE while the API server cannot be asked."""
@@ -135,7 +125,7 @@ class KubernetesLauncher:
         if await asyncio.to_thread(self._delete, handle, wait_for_pods=False):
             self._seen.pop(handle, None)
 
-    def _manifest(self, job_id: str, run_directory: Path, spec: JobSpec, *, attempt: int) -> dict[str, Any]:
+    def _objects(self, job_id: str, run_directory: Path, spec: JobSpec, *, attempt: int) -> list[dict[str, Any]]:
         workload = Workload(
             job_id=job_id,
             kind=str(spec.kind),
@@ -145,30 +135,33 @@ class KubernetesLauncher:
             user=self._user,
             group=self._group,
         )
-        return job_manifest(workload, self._settings, namespace=self._api.namespace)
+        return objects.workload_objects(workload, self._settings, namespace=self._api.namespace)
 
     def _launch(self, run_directory: Path) -> str:
         self._pause.check()
         job_file = folder.read_job_file(run_directory)
-        verb, name = "list", ""
+        describe = partial(self._objects, job_file.job_id, run_directory, job_file.spec)
         try:
-            earlier = self._api.jobs(own_labels(self._settings.instance, job_file.job_id))
-            for job in earlier:
-                if not _is_over(job):
-                    return _handle(job)
-            attempts = [int(job["metadata"].get("labels", {}).get(LABEL_ATTEMPT, "0")) for job in earlier]
-            manifest = self._manifest(
-                job_file.job_id, run_directory, job_file.spec, attempt=1 + max(attempts, default=0)
-            )
-            verb, name = "patch", manifest["metadata"]["name"]
-            job = self._api.apply_job(manifest)
+            earlier = self._earlier(job_file.job_id, job_file.spec.resources)
+            for workload in earlier:
+                if not is_over(workload):
+                    # The service ended before it had recorded it, and maybe before all was made.
+                    make_rest(self._api, workload, describe(attempt=_attempt(workload))[1:])
+                    return _handle(workload)
+            made = make(self._api, describe(attempt=1 + max(map(_attempt, earlier), default=0)))
         except ApiProblem as problem:
-            raise self._refusal(problem, verb, name) from problem
+            raise self._refusal(problem) from problem
         self._pause.end()
-        return _handle(job)
+        return _handle(made)
 
-    def _refusal(self, problem: ApiProblem, verb: str, name: str) -> Exception:
-        why = self._explain(problem, verb, "jobs.batch", name)
+    def _earlier(self, job_id: str, resources: JobResources) -> list[dict[str, Any]]:
+        """The workloads of a training job, of the kinds that it may have."""
+        labels = objects.own_labels(self._settings.instance, job_id)
+        kinds = [JOBSETS] if self._settings.jobset and resources.num_nodes > 1 else [JOBS]
+        return [one for kind in kinds for one in self._api.find(kind, labels)]
+
+    def _refusal(self, problem: ApiProblem) -> Exception:
+        why = self._explain(problem)
         if not is_transient(problem):
             return LaunchRefused(why)
         self._pause.begin(problem, why)
@@ -178,53 +171,45 @@ class KubernetesLauncher:
         named = _parse(handle)
         if named is None:
             return WorkerStatus(alive=False, ending="was started by another kind of launcher")
-        name, uid = named
         if why := self._pause.why():
             return _unknown(last, why)
-        verb, resource = "get", "jobs.batch"
         try:
-            job = self._api.job(name)
-            if job["metadata"]["uid"] != uid:
-                return _gone(handle)
-            verb, resource = "list", "pods"
-            pods = self._api.pods({LABEL_POD_OWNER: uid})
-            verb, resource = "list", "events"
-            status = job_status(job, pods, self._api.events)
+            workload = self._api.get(named.kind, named.name)
+            if workload["metadata"]["uid"] != named.uid:
+                return _gone(named)
+            now = standing(workload, self._api.pods(named.pod_labels), self._api.events)
         except ApiProblem as problem:
-            if problem.status == 404 and resource == "jobs.batch":
-                return _gone(handle)
-            return _unknown(last, self._complain(handle, problem, self._explain(problem, verb, resource, name)))
+            if problem.status == 404 and problem.asked is not None and problem.asked.resource == named.kind.resource:
+                return _gone(named)
+            return _unknown(last, self._complain(handle, problem))
         self._pause.end()
         self._complaints.pop(handle, None)
-        return status
+        return WorkerStatus(alive=now.alive, ending=now.ending, waiting=now.waiting)
 
     def _delete(self, handle: str, *, wait_for_pods: bool) -> bool:
-        """Whether the API server has taken it, or knew of no such Job any more."""
+        """Whether the API server has taken it, or knew of no such workload any more."""
         named = _parse(handle)
         if named is None:
             return True
         if self._pause.why():
             return False
-        name, uid = named
-        verb, resource = "delete", "jobs.batch"
         try:
-            _unless_gone(partial(self._api.delete_job, name, uid, wait_for_pods=wait_for_pods))
+            _unless_gone(partial(self._api.delete, named.kind, named.name, named.uid, wait_for_pods=wait_for_pods))
             if not wait_for_pods:
-                verb, resource = "list", "pods"
-                for pod in self._api.pods({LABEL_POD_OWNER: uid}):
-                    verb, name = "delete", pod["metadata"]["name"]
-                    delete = partial(self._api.delete_pod, grace_seconds=KILL_GRACE_SECONDS)
-                    _unless_gone(partial(delete, name, pod["metadata"]["uid"]))
+                delete = partial(self._api.delete_pod, grace_seconds=KILL_GRACE_SECONDS)
+                for pod in self._api.pods(named.pod_labels):
+                    _unless_gone(partial(delete, pod["metadata"]["name"], pod["metadata"]["uid"]))
         except ApiProblem as problem:
-            self._complain(handle, problem, self._explain(problem, verb, resource, name))
+            self._complain(handle, problem)
             return False
         return True
 
-    def _explain(self, problem: ApiProblem, verb: str, resource: str, name: str) -> str:
-        return explain_problem(problem, verb=verb, resource=resource, namespace=self._api.namespace, name=name)
+    def _explain(self, problem: ApiProblem) -> str:
+        return explain_problem(problem, namespace=self._api.namespace)
 
-    def _complain(self, handle: str, problem: ApiProblem, why: str) -> str:
-        """Logs what is wrong once, and leaves a server in peace that is busy or away. Returns `why`."""
+    def _complain(self, handle: str, problem: ApiProblem) -> str:
+        """Logs what is wrong once, and leaves a server in peace that is busy or away. Returns what is wrong."""
+        why = self._explain(problem)
         if is_transient(problem):
             self._pause.begin(problem, why)
         if self._complaints.get(handle) != why:
@@ -265,26 +250,50 @@ class _Pause:
             raise unavailable(why)
 
 
-def _handle(job: Mapping[str, Any]) -> str:
-    metadata = job["metadata"]
-    return f"{metadata['namespace']}/{metadata['name']}/{metadata['uid']}"
+@dataclass(frozen=True, kw_only=True)
+class _Named:
+    """What a handle says."""
+
+    namespace: str
+    kind: Kind
+    name: str
+    uid: str
+
+    @property
+    def pod_labels(self) -> Mapping[str, str]:
+        return {LABEL_JOBSET_OWNER if self.kind == JOBSETS else LABEL_POD_OWNER: self.uid}
 
 
-def _parse(handle: str) -> tuple[str, str] | None:
-    """Name and uid of a handle; None for one of another launcher."""
-    parts = handle.split("/")
-    return (parts[1], parts[2]) if len(parts) == 3 else None
+def _handle(workload: Mapping[str, Any]) -> str:
+    metadata, jobset = workload["metadata"], workload["kind"] == "JobSet"
+    return objects.handle_of(metadata["namespace"], metadata["name"], metadata["uid"], jobset=jobset)
 
 
-def _is_over(job: Mapping[str, Any]) -> bool:
-    if job["metadata"].get("deletionTimestamp"):
-        return True
-    conditions = job.get("status", {}).get("conditions") or ()
-    return any(one.get("type") in _FINISHED and one.get("status") == "True" for one in conditions)
+def _parse(handle: str) -> _Named | None:
+    """What a handle says; None for one of another launcher."""
+    match handle.split("/"):
+        case [namespace, name, uid]:
+            return _Named(namespace=namespace, kind=JOBS, name=name, uid=uid)
+        case [namespace, JOBSETS.plural, name, uid]:
+            return _Named(namespace=namespace, kind=JOBSETS, name=name, uid=uid)
+    return None
 
 
-def _gone(handle: str) -> WorkerStatus:
-    return WorkerStatus(alive=False, ending=f"is gone: its Job {handle.rpartition('/')[0]} was deleted")
+def _attempt(workload: Mapping[str, Any]) -> int:
+    return int((workload["metadata"].get("labels") or {}).get(LABEL_ATTEMPT, "0"))
+
+
+def _spread_evenly(resources: JobResources) -> bool:
+    count, on_one = max(1, resources.num_processes), resources.processes_per_node
+    if not 0 <= on_one <= MAX_PROCESSES_PER_NODE:
+        return False
+    # Without it all processes are on one node.
+    return count <= MAX_PROCESSES_PER_NODE if on_one == 0 else count % on_one == 0 and count // on_one <= MAX_NODES
+
+
+def _gone(named: _Named) -> WorkerStatus:
+    what = "JobSet" if named.kind == JOBSETS else "Job"
+    return WorkerStatus(alive=False, ending=f"is gone: its {what} {named.namespace}/{named.name} was deleted")
 
 
 def _unknown(last: WorkerStatus | None, why: str) -> WorkerStatus:

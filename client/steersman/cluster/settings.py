@@ -17,11 +17,19 @@ _ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 
 # Always a volume of its own: the root file system is read-only.
 TMP_PATH = "/tmp"
+SHARED_MEMORY_PATH = "/dev/shm"
 # What the launcher tells a worker of itself.
 RESERVED_ENV = ("STEERSMAN_POD_", "STEERSMAN_WORKER_")
 
 # Labels under these are the launcher's, or the cluster's.
-RESERVED_LABELS = ("app.kubernetes.io/", "batch.kubernetes.io/", "kueue.x-k8s.io/", "steersman/", "job-name")
+RESERVED_LABELS = (
+    "app.kubernetes.io/",
+    "batch.kubernetes.io/",
+    "jobset.sigs.k8s.io/",
+    "kueue.x-k8s.io/",
+    "steersman/",
+    "job-name",
+)
 
 
 def is_label_value(text: str) -> bool:
@@ -161,9 +169,36 @@ class KubernetesSettings(BaseModel):
     queue_name: str = Field(
         "", description="Kueue LocalQueue of jobs that name none; Jobs with a queue begin suspended. Empty: no queue."
     )
-    cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores of a job that asks for none.")
-    memory_bytes: int = Field(4096 * MIB, gt=0, description="Memory of a job that asks for none, in bytes.")
+    cpus: float = Field(1.0, gt=0, le=1024, description="CPU cores of each process of a job that asks for none.")
+    memory_bytes: int = Field(
+        4096 * MIB, gt=0, description="Memory of each process of a job that asks for none, in bytes."
+    )
     gpu_resource: str = Field("nvidia.com/gpu", min_length=1, description="Resource that GPUs are asked for by.")
+    extra_resources: dict[str, str] = Field(
+        default_factory=dict, description="Further resources of each pod, for example rdma/hca: '1'."
+    )
+    shared_memory_bytes: int = Field(
+        1024 * MIB,
+        ge=0,
+        description="Memory at /dev/shm in pods of several processes, counted to their limit; 0: the runtime's 64 MiB.",
+    )
+    network_interface: str = Field(
+        "",
+        pattern=r"^[-=^,.:\w]*$",
+        description="Network interface that the processes of several nodes talk over (NCCL_SOCKET_IFNAME and "
+        "GLOO_SOCKET_IFNAME). Empty: their choice.",
+    )
+    coordinator_port: int = Field(
+        29400,
+        ge=1024,
+        le=65534,
+        description="Port that the nodes of a job meet at, on its first pod; the next one is torchrun's.",
+    )
+    jobset: bool = Field(
+        False,
+        description="Make jobs of several nodes as JobSets (jobset.x-k8s.io), where that controller is installed. "
+        "Otherwise as Indexed Jobs, which every cluster knows.",
+    )
     run_as_user: int | None = Field(
         None, ge=1, lt=2**31, description="User id of the workers. None: this service's own, so both may write runs."
     )

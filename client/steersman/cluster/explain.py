@@ -1,12 +1,12 @@
-"""What Jobs, pods and refusals of the API server mean, and what to do about them: pure functions over its JSON."""
+"""What workloads, pods and refusals of the API server mean, and what to do about them: pure functions over its JSON."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from steersman.trainer.discovery.slice_api import ApiProblem
-from steersman.trainer.jobs.kubernetes.manifest import CONTAINER, LABEL_QUEUE
-from steersman.trainer.jobs.launcher import WorkerStatus
+from steersman.cluster.objects import CONTAINER, EXIT_STOPPED, LABEL_INDEX, LABEL_QUEUE
+from steersman.cluster.problem import ApiProblem, Asked
 
 Object = Mapping[str, Any]
 
@@ -15,6 +15,9 @@ FIELD_MANAGER: Final = "steersman"
 # Requests that may succeed when they are made again, a proxy's answers among them.
 _TRANSIENT: Final = frozenset({0, 408, 429, 500, 502, 503, 504})
 _MAX_TEXT: Final = 500
+# Conditions of Jobs and of JobSets that end them.
+_WELL: Final = frozenset({"Complete", "Completed"})
+_OVER: Final = _WELL | {"Failed"}
 # How the API server's RBAC says no: verb, resource, group.
 _MISSING_RIGHT: Final = re.compile(r'cannot (\w+) resource "([^"]*)" in API group "([^"]*)"')
 
@@ -42,11 +45,13 @@ def is_transient(problem: ApiProblem) -> bool:
     return problem.status in _TRANSIENT
 
 
-def explain_problem(problem: ApiProblem, *, verb: str, resource: str, namespace: str, name: str = "") -> str:
-    """Which object, why, and what to do, for a request that failed. `resource` as RBAC names it, `jobs.batch`."""
-    subject = f"{resource} {namespace}/{name}" if name else f"{resource} in namespace {namespace}"
-    why = _short(str(problem))
-    return f"cannot {verb} {subject}: {why}; {_advice(problem, namespace)}"
+def explain_problem(problem: ApiProblem, *, namespace: str) -> str:
+    """Which object, why, and what to do, for a request that failed."""
+    asked = problem.asked or Asked("use", "the API")
+    subject = (
+        f"{asked.resource} {namespace}/{asked.name}" if asked.name else f"{asked.resource} in namespace {namespace}"
+    )
+    return f"cannot {asked.verb} {subject}: {_short(str(problem))}; {_advice(problem, namespace)}"
 
 
 def _advice(problem: ApiProblem, namespace: str) -> str:
@@ -83,37 +88,63 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
             return "see the logs of the API server"
 
 
-def job_status(job: Object, pods: Sequence[Object], events_of: Callable[[str], Iterable[Object]]) -> WorkerStatus:
-    """How the worker of a Job is. `events_of` lists the events of an object by its uid; asked only if they are needed.
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a workload is.
 
-    Alive until the Job has a condition Complete or Failed: then no pod of it runs any more.
+    Attributes:
+        alive: until it is over: then no pod of it runs any more.
+        succeeded: whether it ended well.
+        ending: how it ended.
+        waiting: why it does not run, while it lives.
     """
-    conditions = _conditions(job)
-    if "Complete" in conditions:
-        return WorkerStatus(alive=False, ending="ended well")
+
+    alive: bool
+    succeeded: bool = False
+    ending: str = ""
+    waiting: str = ""
+
+
+def is_over(workload: Object) -> bool:
+    """Whether no pod of a Job or JobSet runs any more, or it is being deleted."""
+    return bool(workload["metadata"].get("deletionTimestamp")) or not _OVER.isdisjoint(_conditions(workload))
+
+
+def standing(workload: Object, pods: Sequence[Object], events_of: Callable[[str], Iterable[Object]]) -> Standing:
+    """How a Job or JobSet is. `events_of` lists the events of an object by its uid; asked only if they are needed."""
+    conditions = _conditions(workload)
+    if conditions.keys() & _WELL:
+        return Standing(alive=False, succeeded=True, ending="ended well")
     if (failed := conditions.get("Failed")) is not None:
-        return WorkerStatus(alive=False, ending=_ending(failed, pods))
-    if job["metadata"].get("deletionTimestamp"):
-        return WorkerStatus(alive=True)
+        return Standing(alive=False, ending=_ending(failed, pods))
+    if workload["metadata"].get("deletionTimestamp"):
+        return Standing(alive=True)
     current = [pod for pod in pods if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")]
     if current:
-        return WorkerStatus(alive=True, waiting=_pod_waits(current[-1], events_of))
-    return WorkerStatus(alive=True, waiting=_job_waits(job, conditions, events_of))
+        newest = {_index(pod): pod for pod in current}
+        waits = (_pod_waits(newest[index], events_of) for index in sorted(newest))
+        return Standing(alive=True, waiting=next(filter(None, waits), ""))
+    return Standing(alive=True, waiting=_workload_waits(workload, conditions, events_of))
+
+
+def _index(pod: Object) -> int:
+    return int((pod["metadata"].get("labels") or {}).get(LABEL_INDEX, "0"))
 
 
 def _ending(failed: Object, pods: Sequence[Object]) -> str:
-    """Why a Job failed, from the last pod that still can be seen."""
+    """Why a workload failed, from the last pod that still can be seen and did not end because another had."""
+    gone = ""
     for pod in reversed(pods):
         name, status = pod["metadata"]["name"], pod.get("status", {})
         for container in status.get("containerStatuses") or ():
             ended = (container.get("state") or {}).get("terminated")
-            if container.get("name") != CONTAINER or not ended:
+            if container.get("name") != CONTAINER or not ended or ended.get("exitCode") in (0, EXIT_STOPPED):
                 continue
             tail = _short(ended.get("message") or "", keep_end=True)
             return f"{_exit(ended)} in pod {name}" + (f"; it printed last:\n{tail}" if tail else "")
-        if reason := status.get("reason"):
-            return f"was ended with pod {name}: {reason}: {_short(status.get('message') or '')}"
-    return f"ended, and its pod is gone: {failed.get('reason', '')}: {_short(failed.get('message') or '')}"
+        if (reason := status.get("reason")) and not gone:
+            gone = f"was ended with pod {name}: {reason}: {_short(status.get('message') or '')}"
+    return gone or f"ended, and its pod is gone: {failed.get('reason', '')}: {_short(failed.get('message') or '')}"
 
 
 def _exit(ended: Object) -> str:
@@ -147,16 +178,16 @@ def _pod_waits(pod: Object, events_of: Callable[[str], Iterable[Object]]) -> str
     return f"{what}: its node prepares it"
 
 
-def _job_waits(job: Object, conditions: Mapping[str, Object], events_of: Callable[[str], Iterable[Object]]) -> str:
-    """Why a Job has no pod."""
-    metadata = job["metadata"]
-    what = f"Job {metadata['name']} has no pod yet"
+def _workload_waits(job: Object, conditions: Mapping[str, Object], events_of: Callable[[str], Iterable[Object]]) -> str:
+    """Why a Job or JobSet has no pod."""
+    metadata, kind = job["metadata"], job.get("kind", "Job")
+    what = f"{kind} {metadata['name']} has no pod yet"
     if job.get("spec", {}).get("suspend"):
         queue = (metadata.get("labels") or {}).get(LABEL_QUEUE, "")
         why = _short((conditions.get("Suspended") or {}).get("message") or "")
         if queue:
-            return f"Job {metadata['name']} waits for Kueue to admit it from queue {queue} ({why or 'suspended'})"
-        return f"Job {metadata['name']} is suspended ({why}); set its spec.suspend to false to go on"
+            return f"{kind} {metadata['name']} waits for Kueue to admit it from queue {queue} ({why or 'suspended'})"
+        return f"{kind} {metadata['name']} is suspended ({why}); set its spec.suspend to false to go on"
     for event in _newest_first(events_of(metadata["uid"])):
         if event.get("reason") == "FailedCreate":
             message = event.get("message") or ""
