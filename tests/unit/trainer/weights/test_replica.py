@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from steersman.client.types import KvCachePolicy, Push, TensorSpec, WeightSnapshot, WeightState
-from steersman.trainer.weights.delivery import Cargo, Delivered, Recipient
+from steersman.trainer.weights.cargo import Cargo
+from steersman.trainer.weights.delivery import Delivered, Recipient
 from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.history import DeltaHistory
 from steersman.trainer.weights.image import WeightImage

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from steersman.trainer.weights.delivery import Cargo, Delivered, Recipient
+from steersman.trainer.weights.cargo import Cargo
+from steersman.trainer.weights.delivery import Delivered, Recipient
 from steersman.trainer.weights.rounds import Rounds
 from steersman.wire.errors import SteersmanError, unavailable
 

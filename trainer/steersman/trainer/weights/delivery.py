@@ -9,42 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from steersman.client.types import WeightChunk
-from steersman.trainer.weights.encode import Tally
-from steersman.trainer.weights.image import Manifest
+from steersman.trainer.weights.cargo import Cargo
 from steersman.trainer.weights.ports import WeightPort
 from steersman.wire.errors import SteersmanError
-from steersman.wire.identity import WeightVersion
-
-
-class Cargo(Protocol):
-    """The content of a push: the same for all replicas that hold the same base in the same types. Hashable."""
-
-    @property
-    def version(self) -> WeightVersion:
-        """What it makes."""
-        ...
-
-    @property
-    def base_version(self) -> WeightVersion | None:
-        """What its deltas apply to; None if it holds all weights."""
-        ...
-
-    @property
-    def manifest(self) -> Manifest:
-        """The tensors, as the replicas lay them out."""
-        ...
-
-    @property
-    def tally(self) -> Tally:
-        """What it holds. Complete once one pass over the chunks has ended."""
-        ...
-
-    def chunks(self) -> AsyncIterator[WeightChunk]:
-        """All chunks, each element once, in ascending order. May be asked for any number of times, also at once; never
-        holds up the event loop.
-        """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +82,7 @@ class DirectDelivery:
 async def send(cargo: Cargo, recipient: Recipient) -> Delivered:
     """Sends all chunks as one stream."""
     try:
-        receipt = await recipient.port.push(recipient.push_id, cargo.chunks())
+        sent = await cargo.push(recipient.port, recipient.push_id)
     except SteersmanError as error:
         return Delivered(target=recipient.target, error=error)
-    return Delivered(target=recipient.target, sent_bytes=receipt.received_bytes)
+    return Delivered(target=recipient.target, sent_bytes=sent.num_bytes)

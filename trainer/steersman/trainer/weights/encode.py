@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Final
 
 from steersman.client.types import WeightChunk, WeightEncoding
-from steersman.trainer.weights.image import DensePart, Manifest, WeightImage
+from steersman.trainer.weights.slices import DensePart, Manifest, WeightSlices
 from steersman.wire.weights.chunks import DeltaOptions, Encoding, delta_chunks
 from steersman.wire.weights.delta import Profile
 from steersman.wire.weights.digest import chunk_checksum
@@ -67,15 +67,16 @@ class Tally:
 
 
 def difference(
-    base: WeightImage,
-    new: WeightImage,
+    base: WeightSlices,
+    new: WeightSlices,
     manifest: Manifest,
     *,
     encoding: PushEncoding,
     max_bytes: int,
     threads: Executor,
 ) -> Iterator[WeightChunk | DensePart]:
-    """What turns `base` into `new` at a replica with this manifest: every element once, in ascending order.
+    """What turns `base` into `new`, slices of the same elements, at a replica with this manifest: every element once,
+    in ascending order.
 
     `max_bytes`, the data of one chunk, is at least MIN_DELTA_CHUNK_BYTES. Encoded ahead in `threads`; memory beyond
     the chunk in hand: one tensor of each image where the replica's type is another than the image's, and two spans.
@@ -91,10 +92,11 @@ def difference(
         if num_dense >= _NUM_TRIALS and not is_worth_it:
             yield from new.parts(index, spec, max_bytes=max_bytes)
             continue
-        before, after = base.elements(spec), new.elements(spec)
+        before, after, first = base.elements(spec), new.elements(spec), new.offset(spec)
         num_delta = 0
         for chunk in delta_chunks(before, after, options=options, executor=threads, lookahead=_LOOKAHEAD_SPANS):
-            where = {"tensor_index": index, "element_offset": chunk.element_offset, "num_elements": chunk.num_elements}
+            offset = first + chunk.element_offset
+            where = {"tensor_index": index, "element_offset": offset, "num_elements": chunk.num_elements}
             if chunk.encoding is Encoding.DENSE:
                 yield DensePart(**where)
                 continue

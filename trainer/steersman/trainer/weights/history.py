@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 from steersman.client.types import WeightSnapshot
-from steersman.trainer.weights.cargo import EncodedDelta, dense_bytes
+from steersman.trainer.weights.cargo import Delta, dense_bytes
 from steersman.trainer.weights.encode import MIN_DELTA_CHUNK_BYTES, PushEncoding
-from steersman.trainer.weights.image import Manifest, WeightImage
+from steersman.trainer.weights.image import Image, Manifest
 from steersman.wire.identity import WeightVersion
 
 MAX_LINKS: Final = 32
@@ -68,7 +68,7 @@ class _Chain:
     full_bytes: int
     max_chunk_bytes: int
     num_idle: int = 0
-    links: list[EncodedDelta] = field(default_factory=list)
+    links: list[Delta] = field(default_factory=list)
 
 
 class DeltaHistory:
@@ -98,7 +98,7 @@ class DeltaHistory:
             chain.max_chunk_bytes = min(chain.max_chunk_bytes, max_chunk_bytes)
             chain.num_idle = 0
 
-    async def extend(self, base: WeightImage, image: WeightImage) -> None:
+    async def extend(self, base: Image, image: Image) -> None:
         """Begins to encode what turns `base` into `image`. What was encoded from `base` to a version that has been
         given up since is forgotten, and so is a layout that no replica has shown for MAX_LINKS versions.
         """
@@ -108,7 +108,7 @@ class DeltaHistory:
                 del self._chains[manifest]
         await asyncio.gather(*(self._extend(manifest, chain, base, image) for manifest, chain in self._chains.items()))
 
-    async def route(self, manifest: Manifest, active: WeightSnapshot, goal: WeightVersion) -> Sequence[EncodedDelta]:
+    async def route(self, manifest: Manifest, active: WeightSnapshot, goal: WeightVersion) -> Sequence[Delta]:
         """The deltas that make `goal` of the active weights, in order; none if all weights are to be sent instead."""
         chain = self._chains.get(manifest)
         if chain is None:
@@ -129,7 +129,7 @@ class DeltaHistory:
         self._chains.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _extend(self, manifest: Manifest, chain: _Chain, base: WeightImage, image: WeightImage) -> None:
+    async def _extend(self, manifest: Manifest, chain: _Chain, base: Image, image: Image) -> None:
         while chain.links and chain.links[-1].version != base.version:
             last = chain.links[-1]
             if (last.base_version, last.version) == (base.version, image.version):
@@ -145,9 +145,8 @@ class DeltaHistory:
             chain.links.clear()
             return
         chain.links.append(
-            EncodedDelta(
+            image.since(
                 base,
-                image,
                 manifest,
                 base_digest=await asyncio.to_thread(base.digest, manifest),
                 max_bytes=chain.max_chunk_bytes,

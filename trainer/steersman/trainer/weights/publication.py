@@ -19,7 +19,7 @@ from functools import partial
 from typing import Final
 
 from steersman.trainer.retry import Backoff, Sleep, Waits
-from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.image import Image
 from steersman.trainer.weights.replica import Replica, Staged
 from steersman.trainer.weights.rounds import Rounds
 from steersman.trainer.weights.settings import ActivationMode, PublishSettings
@@ -62,7 +62,7 @@ class Publication:
 
     def __init__(
         self,
-        image: WeightImage,
+        image: Image,
         replicas: Sequence[Replica],
         settings: PublishSettings,
         rounds: Rounds,

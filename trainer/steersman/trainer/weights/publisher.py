@@ -22,7 +22,7 @@ from steersman.trainer.retry import Backoff, Sleep, Waits
 from steersman.trainer.weights.delivery import Delivery, DirectDelivery
 from steersman.trainer.weights.encode import Tally
 from steersman.trainer.weights.history import DeltaHistory
-from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.image import Image
 from steersman.trainer.weights.ports import Connect
 from steersman.trainer.weights.publication import Publication
 from steersman.trainer.weights.replica import Progress, Replica
@@ -70,7 +70,7 @@ class Publisher:
         self._history = DeltaHistory(self._settings.encoding, max_bytes=self._settings.delta_history_bytes)
         self._rounds = Rounds(delivery or DirectDelivery())
         self._replicas: dict[str, Replica] = {}
-        self._image: WeightImage | None = None
+        self._image: Image | None = None
         self._publishing = asyncio.Lock()
         self._publications: list[Publication] = []
         self._add(targets)
@@ -109,7 +109,7 @@ class Publisher:
         wanted = self.wanted
         return wanted is not None and run_id == wanted.run_id and oldest_step <= step <= wanted.step
 
-    async def publish(self, image: WeightImage) -> PublishReport:
+    async def publish(self, image: Image) -> PublishReport:
         """Brings `image` to all replicas at once and makes it the wanted weights: at once, or with ALL_OR_NOTHING when
         the quorum has staged it.
 
@@ -187,7 +187,7 @@ class Publisher:
                 raise result
         return PublishReport(seconds=time.monotonic() - started, failures=failures)
 
-    def _commit(self, image: WeightImage) -> None:
+    def _commit(self, image: Image) -> None:
         self._image = image
 
     def _forget_publications(self) -> None:

@@ -12,14 +12,13 @@ Invariants:
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from steersman.client.types import PushReceipt, RelayHop, RelayReceipt, WeightChunk
-from steersman.trainer.weights.cargo import dense_bytes
-from steersman.trainer.weights.delivery import Cargo, Delivered, Recipient, send
+from steersman.client.types import PushReceipt, RelayHop, RelayReceipt
+from steersman.trainer.weights.cargo import Cargo, dense_bytes
+from steersman.trainer.weights.delivery import Delivered, Recipient, send
 from steersman.trainer.weights.routes import Node, Topology, plan
 from steersman.wire.errors import Reason, SteersmanError, unavailable
 
@@ -131,14 +130,17 @@ class RelayDelivery:
         """Those that have all chunks or have failed for good, and those that are to be tried otherwise."""
         if not route.next:
             return [await send(cargo, route.item)], []
+        first = route.item
+        hops = tuple(_hop(node) for node in route.next)
+        patience = self._settings.stall_seconds + _PATIENCE_PER_LEVEL_S * route.height
         try:
-            receipt, sent_bytes = await self._push(cargo, route)
+            sent = await cargo.push(first.port, first.push_id, relay=hops, patience_seconds=patience)
         except SteersmanError as error:
             self._blame(None, route, error)
             return [], [node.item for node in route.walk()]
-        delivered = [Delivered(target=route.item.target, sent_bytes=sent_bytes)]
-        receipts = {one.target: one for one in receipt.relayed}
-        failed = self._sort_out(route, receipt, receipts, delivered)
+        delivered = [Delivered(target=first.target, sent_bytes=sent.num_bytes)]
+        receipts = {one.target: one for one in sent.receipt.relayed}
+        failed = self._sort_out(route, sent.receipt, receipts, delivered)
         return delivered, failed
 
     def _sort_out(
@@ -157,26 +159,6 @@ class RelayDelivery:
                 failed += [one.item for one in behind.walk()]
         return failed
 
-    async def _push(self, cargo: Cargo, route: Route) -> tuple[PushReceipt, int]:
-        """Sends along a route: what came of it, and the bytes of chunk data that left."""
-        watch = _Watch(cargo.chunks())
-        patience = self._settings.stall_seconds + _PATIENCE_PER_LEVEL_S * route.height
-        hops = tuple(_hop(node) for node in route.next)
-        first = route.item
-        push = asyncio.ensure_future(first.port.push(first.push_id, watch.chunks(), relay=hops))
-        try:
-            while not push.done():
-                if watch.waited_seconds >= patience:
-                    raise SteersmanError(
-                        Reason.DEADLINE_EXCEEDED,
-                        f"{first.target} took nothing for {patience:g} s, with others behind it",
-                    )
-                await asyncio.wait([push], timeout=patience - watch.waited_seconds)
-            return await push, watch.num_bytes
-        finally:
-            push.cancel()
-            await asyncio.wait([push])
-
     def _blame(self, before: Route | None, node: Route, error: SteersmanError) -> None:
         """Remembers the ends of a link that broke; the far one is sent to from here for a while."""
         by = f"behind {before.item.target}" if before is not None else "with others behind it"
@@ -192,30 +174,6 @@ class RelayDelivery:
         """One delivery less for everybody on probation."""
         self._probation = {target: left - 1 for target, left in self._probation.items() if left > 1}
         self._sent_to_directly &= self._probation.keys()
-
-
-class _Watch:
-    """Chunks on their way to one stream: how many bytes, and how long the next one has not been asked for."""
-
-    def __init__(self, chunks: AsyncIterator[WeightChunk]) -> None:
-        self._chunks = chunks
-        self._since: float | None = time.monotonic()
-        self.num_bytes = 0
-
-    @property
-    def waited_seconds(self) -> float:
-        """Since the last chunk was handed over, if that is all that happens; 0 while the next is being made."""
-        return time.monotonic() - self._since if self._since is not None else 0.0
-
-    async def chunks(self) -> AsyncIterator[WeightChunk]:
-        """The same chunks."""
-        self._since = None
-        async for chunk in self._chunks:
-            self.num_bytes += len(chunk.data)
-            self._since = time.monotonic()
-            yield chunk
-            self._since = None
-        self._since = time.monotonic()
 
 
 def _hop(node: Route) -> RelayHop:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from steersman.client.types import KvCachePolicy, Push, WeightSnapshot
-from steersman.trainer.weights.cargo import EncodedDelta, FullCargo
-from steersman.trainer.weights.delivery import Cargo, Delivered, Recipient
+from steersman.trainer.weights.cargo import Cargo, Delta
+from steersman.trainer.weights.delivery import Delivered, Recipient
 from steersman.trainer.weights.encode import Tally
 from steersman.trainer.weights.history import DeltaHistory
-from steersman.trainer.weights.image import Manifest, WeightImage
+from steersman.trainer.weights.image import Image, Manifest
 from steersman.trainer.weights.ports import FINAL_REFUSALS, WeightPort, WeightsRefused
 from steersman.wire.errors import Reason, SteersmanError, unavailable
 from steersman.wire.identity import WeightVersion
@@ -87,7 +87,7 @@ class Replica:
     ) -> None:
         self.port = port
         self.progress = Progress()
-        self.image: WeightImage | None = None
+        self.image: Image | None = None
         self._send = send
         self._history = history
         self._kv_cache = kv_cache
@@ -105,7 +105,7 @@ class Replica:
         return self.port.target
 
     @asynccontextmanager
-    async def transaction(self, image: WeightImage) -> AsyncIterator[None]:
+    async def transaction(self, image: Image) -> AsyncIterator[None]:
         """Holds the replica for what leads to `image`; others wait. `stop` ends it with a SteersmanError that another
         try may mend; a refusal for good is raised as WeightsRefused.
         """
@@ -141,7 +141,7 @@ class Replica:
                 await asyncio.wait(self._aborting)
             await self.port.close()
 
-    async def stage(self, image: WeightImage) -> Staged:
+    async def stage(self, image: Image) -> Staged:
         """Leaves the weights of `image` staged, if they are not active already. Within a `transaction`."""
         state = await self.port.state(include_manifest=True)
         manifest = state.manifest
@@ -176,13 +176,13 @@ class Replica:
         task.add_done_callback(self._aborting.discard)
         await asyncio.wait([task])
 
-    async def _push_all(self, image: WeightImage, manifest: Manifest, digest: bytes) -> Staged:
+    async def _push_all(self, image: Image, manifest: Manifest, digest: bytes) -> Staged:
         push = await self._begin(image.version, manifest, digest)
         if push.already_active:
             return Staged(digest=digest, is_active=True)
-        return await self._fill(push, FullCargo(image=image, manifest=manifest, max_bytes=push.max_chunk_bytes), digest)
+        return await self._fill(push, image.full(manifest, max_bytes=push.max_chunk_bytes), digest)
 
-    async def _push_route(self, route: Sequence[EncodedDelta], digest: bytes) -> Staged | None:
+    async def _push_route(self, route: Sequence[Delta], digest: bytes) -> Staged | None:
         """Leaves what the last link makes staged, and the ones before were active for a moment. None if the replica
         will not have one of them: then it needs all weights.
         """
@@ -203,7 +203,7 @@ class Replica:
         self._num_delta_refusals = 0
         return there
 
-    async def _push_delta(self, delta: EncodedDelta, digest: bytes) -> Staged | None:
+    async def _push_delta(self, delta: Delta, digest: bytes) -> Staged | None:
         """None if its chunks are too large for the replica."""
         push = await self._begin(delta.version, delta.manifest, digest, base_version=delta.base_version)
         if push.already_active:

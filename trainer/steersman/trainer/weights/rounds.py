@@ -10,7 +10,8 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from steersman.trainer.weights.delivery import Cargo, Delivered, Delivery, Recipient
+from steersman.trainer.weights.cargo import Cargo
+from steersman.trainer.weights.delivery import Delivered, Delivery, Recipient
 from steersman.wire.errors import unavailable
 
 
