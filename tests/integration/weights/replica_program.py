@@ -3,6 +3,7 @@
 A gate is shut while the folder in STEERSMAN_TEST_GATES holds NAME.shut; NAME.entered then says that the service stands
 there. The gates:
 
+    generate    a prompt has come
     receive     a chunk has been written to the staging copy
     stage       some of the weights have been loaded into the engine, others not
     activate    the engine holds the new weights, and has not been told what they are called
@@ -10,9 +11,11 @@ there. The gates:
 """
 
 import asyncio
+import contextlib
 import os
 import resource
 import sys
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ def install() -> None:
     from steersman.policy.engine.vllm_engine import VllmEngine
 
     write, update, name_version = WeightStore.write, VllmEngine._update, AsyncLLM.update_weight_version
-    make_room = ShadowModel.open
+    make_room, generate = ShadowModel.open, VllmEngine.generate
 
     async def gated_write(self: WeightStore, *arguments: Any) -> None:
         await write(self, *arguments)
@@ -63,6 +66,12 @@ def install() -> None:
         await gate("activate")
         return await name_version(self, version)
 
+    async def gated_generate(self: VllmEngine, request: Any) -> AsyncGenerator[Any, None]:
+        await gate("generate")
+        async with contextlib.aclosing(generate(self, request)) as samples:
+            async for sample in samples:
+                yield sample
+
     def starved_make_room(self: ShadowModel) -> None:
         if not (GATES / "starve.shut").exists():
             make_room(self)
@@ -74,6 +83,7 @@ def install() -> None:
     WeightStore.write = gated_write  # type: ignore[method-assign]
     VllmEngine._update = gated_update  # type: ignore[method-assign]
     AsyncLLM.update_weight_version = gated_name_version  # type: ignore[method-assign]
+    VllmEngine.generate = gated_generate  # type: ignore[method-assign]
     ShadowModel.open = starved_make_room  # type: ignore[method-assign]
 
 
