@@ -242,11 +242,18 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
     """Puts the weights that :func:`write_model` wrote into ``model``, in place. CheckpointError if they do
     not fit.
     """
-    saved = _from_pretrained(type(model), ModelSource(path=str(directory)))
     try:
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict(read_weights(model, directory))
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {directory} do not fit the model: {_first_line(error)}") from error
+
+
+def read_weights(model: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
+    """The weights that :func:`write_model` wrote of a model like ``model``, whole, on the CPU. CheckpointError if
+    there are none.
+    """
+    saved = _from_pretrained(type(model), ModelSource(path=str(directory)))
+    return cast("dict[str, Tensor]", saved.state_dict())
 
 
 def resolve_device(device: str) -> torch.device:

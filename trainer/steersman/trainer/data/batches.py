@@ -46,6 +46,20 @@ def micro_batches(
     return groups
 
 
+def share_out(costs: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Item numbers in ``num_shares`` shares of like cost, each in ascending order; an item is in exactly one.
+
+    The dearest item first, each to the share that has cost least so far; a share may stay empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    totals = [0] * num_shares
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = totals.index(min(totals))
+        shares[least].append(item)
+        totals[least] += costs[item]
+    return [sorted(share) for share in shares]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch:
     """Right-padded sequences: ``ids_BT`` int64, ``lengths_B`` int64, and ``response_mask_BT``, true at response tokens

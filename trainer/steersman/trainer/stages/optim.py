@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from steersman.trainer.distributed.world import SOLO, World
 from steersman.trainer.stages.settings import OptimizerConfig
 
 
@@ -41,13 +42,13 @@ def build_optimizer(config: OptimizerConfig, *modules: nn.Module) -> torch.optim
 
 
 def apply_update(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, step: int, total_steps: int
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, *, step: int, total_steps: int, world: World = SOLO
 ) -> dict[str, float]:
-    """Clips, updates, and clears the gradients. Gives ``lr`` and ``grad_norm`` (before clipping).
+    """Clips, updates, and clears the gradients. Gives ``lr`` and ``grad_norm`` (before clipping). A collective.
 
     FloatingPointError if the gradient norm is not finite: the weights are then as they were.
     """
-    norm = grad_norm(optimizer)
+    norm = grad_norm(optimizer, world)
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
@@ -55,7 +56,7 @@ def apply_update(
         )
     if config.max_grad_norm is not None and norm > config.max_grad_norm:
         scale = config.max_grad_norm / norm
-        torch._foreach_mul_(_gradients(optimizer), scale)
+        torch._foreach_mul_(_gradients(optimizer, world), scale)
     rate = learning_rate_at(config, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -64,13 +65,18 @@ def apply_update(
     return {"lr": rate, "grad_norm": norm}
 
 
-def grad_norm(optimizer: torch.optim.Optimizer) -> float:
-    """The global L2 norm of all gradients, 0 without any."""
-    gradients = _gradients(optimizer)
+def grad_norm(optimizer: torch.optim.Optimizer, world: World = SOLO) -> float:
+    """The global L2 norm of all gradients, 0 without any. Where they are sharded, each rank has a part of each."""
+    gradients = _gradients(optimizer, world)
     if not gradients:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if world.size == 1:
+        return float(norm)
+    square = norm.double().square()
+    world.sum(square)
+    return float(square.sqrt())
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _gradients(optimizer: torch.optim.Optimizer, world: World) -> list[Tensor]:
+    return [world.local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

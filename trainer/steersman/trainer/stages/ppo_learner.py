@@ -10,11 +10,16 @@ Invariants:
   the policy ratio is exactly one, so that forward pass is also the one that is differentiated: its graph is kept
   for as many tokens as `retained_tokens` allows, and only what exceeds it is computed a second time.
 - While only the critic learns, nothing is differentiated through the actor.
+- On several ranks each has the whole batch, computes the rows of its share, and adds up with the others: log-probs and
+  values of all rows, hence the same targets everywhere; then gradients. Ranks make as many passes as the one that makes
+  most, with rows that do not count where they have no more: every pass is a collective.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +30,17 @@ from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
 from steersman.trainer.algorithm.losses import kl_loss, policy_loss, value_loss
 from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
 from steersman.trainer.checkpoint.models import hidden_states_at, lm_head, score_head
-from steersman.trainer.data.batches import micro_batches, worthwhile_padding
+from steersman.trainer.data.batches import micro_batches, share_out, worthwhile_padding
+from steersman.trainer.distributed.totals import total
+from steersman.trainer.distributed.world import SOLO, Scope, World, direct
 from steersman.trainer.rollout.types import Rollout
 from steersman.trainer.stages.optim import apply_update, build_optimizer
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
 from steersman.trainer.stages.ppo_config import PpoConfig
+from steersman.trainer.stages.trained import Trained
+from steersman.trainer.weights.image import WeightImage
+from steersman.wire.identity import WeightVersion
 
 # About 2 GB for a model of 3.4M parameters. Host memory allows that; an accelerator's may not, so there the
 # default is what a micro-batch needs anyway.
@@ -49,6 +59,16 @@ class _Micro:
     ids_bW: Tensor  # noqa: N815
     predicting_t: Tensor
     targets_t: Tensor
+    counts: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """The rows of this rank in one pass, whether they count, and the most padded tokens that a rank has in it."""
+
+    rows: list[int]
+    counts: bool
+    most_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +81,27 @@ class _Outputs:
 
 
 class PpoLearner:
-    """Owns actor, critic and their optimizers. Everything is float32 unless autocast is asked for."""
+    """Owns actor, critic and their optimizers. Everything is float32 unless autocast is asked for.
 
-    def __init__(self, actor: PreTrainedModel, critic: PreTrainedModel, config: PpoConfig) -> None:
+    Args:
+        world: the ranks, on each of which a learner does the same calls at the same time.
+        actor_scope, critic_scope: where their parameters are whole, if they are sharded.
+    """
+
+    def __init__(
+        self,
+        actor: PreTrainedModel,
+        critic: PreTrainedModel,
+        config: PpoConfig,
+        *,
+        world: World = SOLO,
+        actor_scope: Scope[Any] = direct,
+        critic_scope: Scope[Any] = direct,
+    ) -> None:
         self.actor = actor
         self.critic = critic
+        self._world = world
+        self._actor_scope, self._critic_scope = actor_scope, critic_scope
         self._config = config
         self._device = next(actor.parameters()).device
         self._head, self._value_head = lm_head(actor), score_head(critic)
@@ -77,6 +113,7 @@ class PpoLearner:
         }
         default = _CPU_RETAINED_TOKENS if self._device.type == "cpu" else config.micro_batch_tokens
         self._retained_tokens = default if config.retained_tokens is None else config.retained_tokens
+        self._trained = Trained(world=world, models={"actor": actor, "critic": critic}, optimizers=self._optimizers)
         self._lr = dict.fromkeys(self._optimizers, 0.0)
 
     def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
@@ -89,26 +126,33 @@ class PpoLearner:
         old_BT, values_BT = torch.zeros_like(data.ref_BT), torch.zeros_like(data.ref_BT)
         pending: list[tuple[_Micro, _Outputs | None]] = []
         num_retained = 0
-        for micro in self._micros(rollouts, range(len(rollouts))):
-            retain = single and num_retained + micro.ids_bW.numel() <= self._retained_tokens
+        for one in self._passes(rollouts, range(len(rollouts))):
+            micro = self._micro(rollouts, one)
+            retain = single and num_retained + one.most_tokens <= self._retained_tokens
             outputs = self._forward(micro, step, grad=retain)
-            _scatter(old_BT, data.mask_BT, micro.rows_b, outputs.logprobs_t)
-            _scatter(values_BT, data.mask_BT, micro.rows_b, outputs.values_t)
-            num_retained += micro.ids_bW.numel() if retain else 0
+            if micro.counts:
+                _scatter(old_BT, data.mask_BT, micro.rows_b, outputs.logprobs_t)
+                _scatter(values_BT, data.mask_BT, micro.rows_b, outputs.values_t)
+            num_retained += one.most_tokens if retain else 0
             pending.append((micro, outputs if retain else None))
+        self._world.sum(old_BT, values_BT)
         targets, metrics = make_targets(data, old_BT, values_BT, config=config, kl_coef=kl_coef)
 
         sums = MetricSums()
         ratios: list[float] = []
         norms: dict[str, list[float]] = {"actor": [], "critic": []}
         if single:
-            self._optimizer_step(pending, targets, kl_coef, step, sums, ratios, norms)
+            self._optimizer_step(pending, _num_tokens(rollouts), targets, kl_coef, step, sums, ratios, norms)
         else:
             for epoch in range(config.num_epochs):
                 for rows in self._minibatches(len(rollouts), step, epoch):
-                    micros = ((micro, None) for micro in self._micros(rollouts, rows))
-                    self._optimizer_step(micros, targets, kl_coef, step, sums, ratios, norms)
-        means = sums.means()
+                    passes = self._passes(rollouts, rows)
+                    micros: list[tuple[_Micro, _Outputs | None]] = [
+                        (self._micro(rollouts, one), None) for one in passes
+                    ]
+                    num_tokens = _num_tokens([rollouts[row] for row in rows])
+                    self._optimizer_step(micros, num_tokens, targets, kl_coef, step, sums, ratios, norms)
+        means = total(self._world, sums).means()
         ratio_mean = sum(ratios) / len(ratios)
         return metrics | {
             "policy/approxkl_avg": means["policy/approxkl"],
@@ -127,17 +171,35 @@ class PpoLearner:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers' state; the models are saved as model files."""
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+        """What the trainer state keeps of the optimizers; the rest is written by `write`."""
+        return self._trained.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Goes on from what `state_dict` gave, where the optimizers are whole."""
         for name, optimizer in self._optimizers.items():
             optimizer.load_state_dict(state[name])
 
+    def write(self, directory: Path) -> None:
+        """Writes the models into `directory`, of a checkpoint. A collective."""
+        self._trained.write(directory)
+
+    def read(self, directory: Path, state: dict[str, Any]) -> None:
+        """Goes on from the checkpoint in `directory`, whose state has what `state_dict` gave. CheckpointError."""
+        self._trained.read(directory, state)
+
+    def image(self, version: WeightVersion) -> WeightImage | None:
+        """A copy of the actor's weights, to be published; None but on the lead. A collective."""
+        actor = self.whole_actor()
+        return WeightImage.of(actor, version) if actor is not None else None
+
+    def whole_actor(self) -> PreTrainedModel | None:
+        """The actor with all its weights; None but on the lead. A collective."""
+        return self._trained.whole("actor")
+
     def _optimizer_step(
         self,
-        micros: "Sequence[tuple[_Micro, _Outputs | None]] | Iterator[tuple[_Micro, _Outputs | None]]",
+        micros: list[tuple[_Micro, _Outputs | None]],
+        num_tokens: int,
         targets: Targets,
         kl_coef: float,
         step: int,
@@ -145,23 +207,35 @@ class PpoLearner:
         ratios: list[float],
         norms: dict[str, list[float]],
     ) -> None:
-        micros = list(micros)
-        num_tokens = sum(len(micro.targets_t) for micro, _ in micros)
+        """One step of both optimizers on `num_tokens` tokens, of which this rank has those of `micros`."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         ratio_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         while micros:
             micro, outputs = micros.pop(0)  # the graph of a micro-batch dies with its backward pass
             outputs = outputs if outputs is not None else self._forward(micro, step, grad=True)
-            loss, ratio = self._losses(micro, outputs, targets, kl_coef, num_tokens, sums)
-            ratio_sum += ratio
+            own = MetricSums()
+            loss, ratio = self._losses(micro, outputs, targets, kl_coef, num_tokens, own)
             del outputs
+            if micro.counts:
+                sums.merge(own)
+                ratio_sum += ratio
+            else:
+                sums.add({name: torch.zeros_like(value) for name, value in own.totals.items()}, count=0)
+                loss = loss * 0.0
             loss.backward()  # type: ignore[no-untyped-call]
+        self._world.sum(ratio_sum)
         ratios.append(float(ratio_sum) / num_tokens)
         for name, optimizer in self._optimizers.items():
             if name == "actor" and self._is_warm_up(step):
                 continue
-            applied = apply_update(optimizer, self._settings[name], step=step, total_steps=self._config.total_steps)
+            applied = apply_update(
+                optimizer,
+                self._settings[name],
+                step=step,
+                total_steps=self._config.total_steps,
+                world=self._world,
+            )
             self._lr[name] = applied["lr"]
             norms[name].append(applied["grad_norm"])
 
@@ -225,7 +299,8 @@ class PpoLearner:
 
     def _forward(self, micro: _Micro, step: int, *, grad: bool) -> _Outputs:
         config = self._config
-        with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
+
+        def take() -> tuple[Tensor, Tensor | None]:
             states_tD = hidden_states_at(self.actor, micro.ids_bW, micro.predicting_t)
             taken = logprobs_from_hidden(
                 states_tD,
@@ -235,18 +310,38 @@ class PpoLearner:
                 temperature=config.sampling.temperature,
                 with_entropy=grad and (config.exact_entropy or config.entropy_coefficient > 0),
             )
-        with torch.set_grad_enabled(grad), self._placement.autocast():
-            value_states_tD = hidden_states_at(self.critic, micro.ids_bW, micro.predicting_t)
-            values_t = self._value_head(value_states_tD).squeeze(-1).float()
-        return _Outputs(logprobs_t=taken.logprobs, values_t=values_t, entropy_t=taken.entropy)
+            return taken.logprobs, taken.entropy
 
-    def _micros(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> Iterator[_Micro]:
+        def judge() -> Tensor:
+            states_tD = hidden_states_at(self.critic, micro.ids_bW, micro.predicting_t)
+            values_t: Tensor = self._value_head(states_tD).squeeze(-1).float()
+            return values_t
+
+        with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
+            logprobs_t, entropy_t = self._actor_scope(take)
+        with torch.set_grad_enabled(grad), self._placement.autocast():
+            values_t = self._critic_scope(judge)
+        return _Outputs(logprobs_t=logprobs_t, values_t=values_t, entropy_t=entropy_t)
+
+    def _passes(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[_Pass]:
+        """The micro-batches of this rank's share of `rows`, as many as every rank makes."""
         lengths = [rollouts[row].num_tokens for row in rows]
         worth = worthwhile_padding(self._placement.device)
-        for group in micro_batches(lengths, token_budget=self._config.micro_batch_tokens, max_padding=worth):
-            yield self._micro(rollouts, [rows[item] for item in group])
+        of_ranks = []
+        for share in share_out(lengths, self._world.size):
+            own = [lengths[item] for item in share]
+            groups = micro_batches(own, token_budget=self._config.micro_batch_tokens, max_padding=worth)
+            of_ranks.append([[rows[share[item]] for item in group] for group in groups])
+        shortest = min(rows, key=lambda row: rollouts[row].num_tokens)
+        passes = []
+        for groups_of_ranks in zip_longest(*of_ranks, fillvalue=[]):
+            mine = groups_of_ranks[self._world.rank]
+            most = max(_padded_tokens(rollouts, group or [shortest]) for group in groups_of_ranks)
+            passes.append(_Pass(rows=mine or [shortest], counts=bool(mine), most_tokens=most))
+        return passes
 
-    def _micro(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> _Micro:
+    def _micro(self, rollouts: Sequence[Rollout], one: _Pass) -> _Micro:
+        rows = one.rows
         width = max(rollouts[row].num_tokens for row in rows) - 1
         ids_bW = torch.zeros(len(rows), width, dtype=torch.int64)
         predicting: list[Tensor] = []
@@ -264,6 +359,7 @@ class PpoLearner:
             ids_bW=ids_bW.to(self._device),
             predicting_t=torch.cat(predicting).to(self._device),
             targets_t=torch.cat(targets).to(self._device),
+            counts=one.counts,
         )
 
     def _minibatches(self, num_samples: int, step: int, epoch: int) -> list[list[int]]:
@@ -272,6 +368,14 @@ class PpoLearner:
         random.Random(f"{self._config.seed}/{step}/{epoch}").shuffle(rows)
         count = min(self._config.num_minibatches, num_samples)
         return [rows[number::count] for number in range(count)]
+
+
+def _num_tokens(rollouts: Sequence[Rollout]) -> int:
+    return sum(len(rollout.response_ids) for rollout in rollouts)
+
+
+def _padded_tokens(rollouts: Sequence[Rollout], rows: Sequence[int]) -> int:
+    return len(rows) * (max(rollouts[row].num_tokens for row in rows) - 1)
 
 
 def _scatter(into_BT: Tensor, mask_BT: Tensor, rows_b: Tensor, values_t: Tensor) -> None:

@@ -32,10 +32,8 @@ from steersman.trainer.checkpoint.models import (
     load_actor,
     load_scalar_head,
     load_tokenizer,
-    load_weights,
     require_savable,
     save_model,
-    write_model,
 )
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
@@ -48,7 +46,6 @@ from steersman.trainer.stages.ppo_prompts import PromptStream
 from steersman.trainer.stages.ppo_services import GrpcServices, Services
 from steersman.trainer.stages.run import Run
 from steersman.trainer.weights.attempt import next_attempt
-from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.report import PublishReport
 from steersman.wire.identity import WeightVersion
 
@@ -159,7 +156,9 @@ class PpoLoop:
             return PpoResult(steps=self._step, stopped=True, model_directory=None, metrics=self._metrics)
         self._checkpoint()
         target = self._run.directory / "model"
-        save_model(target, self._learner.actor, self._tokenizer, metadata={"step": self._step})
+        actor = self._learner.whole_actor()
+        assert actor is not None, "the loop runs on the lead"
+        save_model(target, actor, self._tokenizer, metadata={"step": self._step})
         return PpoResult(steps=self._step, stopped=False, model_directory=target, metrics=self._metrics)
 
     def wait_for(self, future: "Future[T]", what: str) -> T:
@@ -223,7 +222,8 @@ class PpoLoop:
 
     def _publish(self) -> PublishReport:
         with self._timed("push"):
-            image = WeightImage.of(self._learner.actor, WeightVersion(run_id=self._run_id, step=self._step))
+            image = self._learner.image(WeightVersion(run_id=self._run_id, step=self._step))
+            assert image is not None, "the loop runs on the lead"
             return self.wait_for(self._services.publish(image), "pushing weights")
 
     def _evaluate(self) -> dict[str, float]:
@@ -294,22 +294,15 @@ class PpoLoop:
     def _checkpoint(self) -> None:
         if self._saved_step == self._step:
             return
-        learner = self._learner
-
-        def write_files(directory: Path) -> None:
-            for name, model in (("actor", learner.actor), ("critic", learner.critic)):
-                (directory / name).mkdir()
-                write_model(directory / name, model)
-
         state: dict[str, Any] = {
-            "learner": learner.state_dict(),
+            "learner": self._learner.state_dict(),
             "random": random_state(),
             "kl": self._kl.state_dict(),
             "num_samples": self._num_samples,
             "num_dropped": self._num_dropped,
         }
         with self._timed("checkpoint"):
-            self._store.save(self._step, state=state, write_files=write_files)
+            self._store.save(self._step, state=state, write_files=self._learner.write)
         self._saved_step = self._step
 
     def _resume(self) -> None:
@@ -318,9 +311,7 @@ class PpoLoop:
             self._run.rewind(0)
             return
         state = checkpoint.state()
-        load_weights(self._learner.actor, checkpoint.directory / "actor")
-        load_weights(self._learner.critic, checkpoint.directory / "critic")
-        self._learner.load_state_dict(state["learner"])
+        self._learner.read(checkpoint.directory, state["learner"])
         restore_random_state(state["random"])
         self._kl.load_state_dict(state["kl"])
         self._num_samples, self._num_dropped = state["num_samples"], state["num_dropped"]

@@ -1,0 +1,173 @@
+"""The ranks that torchrun started.
+
+Two ways to talk:
+
+- *collectives* over the process group (gloo on CPUs, NCCL on GPUs), where all ranks compute the same thing at the
+  same time. One that takes longer than `COLLECTIVE_SECONDS` fails on every rank;
+- *commands* through torchrun's key-value store, where ranks wait for the lead. The lead may wait for a service for as
+  long as the job allows, and meanwhile nobody waits in a collective.
+
+A rank that dies takes its connections along, so that a collective under way fails on the others at once; torchrun
+notices its end and stops them all. A rank that fails first leaves word why, for the lead to say.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from steersman.trainer.distributed.world import Command
+
+COLLECTIVE_SECONDS: Final = 600.0
+"""Longest that a rank waits for the others in a collective: the slowest thing between two of them is one rank alone
+checking the files of a checkpoint.
+"""
+_JOIN_SECONDS: Final = 600.0
+# How often a rank that waits for a command looks up.
+_HEAR_SECONDS: Final = 2.0
+_FAILURE_KEY: Final = "steersman/failure"
+_STOP_KEY: Final = "steersman/stop"
+
+
+class Ranks:
+    """The `World` of torchrun's environment. Joined when it is made, which waits for all ranks; left by `close`."""
+
+    def __init__(self) -> None:
+        timeout = timedelta(seconds=COLLECTIVE_SECONDS)
+        self._store, self.rank, self.size = next(iter(rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))))
+        self._num_commands = 0
+        self._has_cuda = torch.cuda.is_available()
+        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if self._has_cuda:
+            torch.cuda.set_device(self._local_rank % torch.cuda.device_count())
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self._has_cuda else "gloo",
+            store=PrefixStore("steersman/group", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timeout,
+        )
+
+    rank: int
+    size: int
+
+    @property
+    def is_lead(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    def device(self, asked: str) -> str:
+        """Each rank has the CUDA device of its number on its machine, unless the job asks for the CPU."""
+        if asked == "cpu" or (asked == "auto" and not self._has_cuda):
+            return "cpu"
+        if asked not in ("auto", "cuda"):
+            raise ValueError(
+                f"device is {asked!r}, must be 'auto', 'cpu' or 'cuda' on several processes: each takes its own"
+            )
+        if not self._has_cuda:
+            raise ValueError(f"device is {asked!r}, but this machine has no CUDA device; use 'auto' or 'cpu'")
+        return f"cuda:{torch.cuda.current_device()}"
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """All ranks in one row, on "cpu" or "cuda"."""
+        return init_device_mesh(device_type, (self.size,))
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's shard of `tensor`, sharing its memory; the tensor itself where it is whole."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Adds up each tensor over the ranks, in place."""
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """True if `flag` is on some rank."""
+        count = torch.tensor([int(flag)])
+        dist.all_reduce(count)
+        return bool(count)
+
+    def from_lead(self, data: bytes | None) -> bytes:
+        """The lead's `data`, on every rank."""
+        size = torch.tensor([len(data) if self.is_lead and data is not None else 0])
+        dist.broadcast(size, src=0)
+        buffer = np.empty(int(size), np.uint8)
+        if self.is_lead and data is not None:
+            buffer[:] = np.frombuffer(data, np.uint8)
+        if len(buffer):
+            dist.broadcast(torch.from_numpy(buffer), src=0)
+        return buffer.tobytes()
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.any(False)
+
+    def tell(self, name: str, **arguments: Any) -> None:
+        """The lead has the others hear a command."""
+        assert self.is_lead, "only the lead gives commands"
+        self._store.set(self._command_key(), json.dumps({"name": name, "arguments": arguments}))
+        self._num_commands += 1
+
+    def hear(self, *, each_look: Callable[[], None] = lambda: None) -> Command:
+        """The next command of the lead; waits for it without end, and calls `each_look` every few seconds meanwhile.
+        RuntimeError if the store is gone, and with it torchrun.
+        """
+        key = self._command_key()
+        while not self._is_set(key):
+            each_look()
+        self._num_commands += 1
+        command = json.loads(self._store.get(key))
+        return Command(name=command["name"], arguments=command["arguments"])
+
+    def ask_to_stop(self) -> None:
+        """Has the lead hear that this rank was told to stop."""
+        self._store.set(_STOP_KEY, "1")
+
+    def stop_asked(self) -> bool:
+        """True once some rank asked to stop."""
+        return bool(self._store.check([_STOP_KEY]))
+
+    def report_failure(self, text: str) -> None:
+        """Leaves word of why this rank ends. The first one counts: what follows elsewhere comes of it."""
+        self._store.compare_set(_FAILURE_KEY, "", f"rank {self.rank} of {self.size}: {text}")
+
+    def failure(self) -> str:
+        """Which rank failed first, and why; empty if none left word."""
+        try:
+            return self._store.get(_FAILURE_KEY).decode() if self._store.check([_FAILURE_KEY]) else ""
+        except RuntimeError:
+            return ""  # the store went with torchrun
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _command_key(self) -> str:
+        return f"steersman/command/{self._num_commands}"
+
+    def _is_set(self, key: str) -> bool:
+        try:
+            self._store.wait([key], timedelta(seconds=_HEAR_SECONDS))
+        except dist.DistStoreError:
+            return False
+        return True

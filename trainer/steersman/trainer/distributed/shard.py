@@ -1,0 +1,87 @@
+"""Models sharded over ranks by FSDP2, and whole again.
+
+Every layer is a unit: its parameters are gathered before it computes, forwards and backwards, and its gradients are
+added up over the ranks into the shards. What is in no layer (embeddings, the last norm, the head) belongs to the root
+unit.
+
+A stage calls parts of a model rather than its `forward`, and multiplies by the head's weight itself. So the root is a
+module around the model whose forward pass is whatever it is given: inside this `Scope` all parameters of the root
+unit are whole.
+
+Parameters are float32 shards and travel as such; the matrix products run under autocast, as in one process, so that
+the numbers are those of one process. Gradients are *sums* over the ranks: the losses are normalised over the whole
+batch already.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from steersman.trainer.distributed.world import Scope
+
+T = TypeVar("T")
+
+
+class _Root(nn.Module):
+    """What FSDP sees as the model: any forward pass through it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, forward: Callable[[], Any]) -> Any:
+        """The result of `forward`: tensors, or tuples of them, as FSDP looks for what is differentiated.
+
+        None of them is a view: FSDP could lose its hook on one.
+        """
+        return tree_map(_no_view, forward())
+
+
+def _no_view(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value._is_view() else value
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> Scope[Any]:
+    """Shards `model` in place over `mesh` and moves each shard to its device; gives the scope of its forward passes.
+
+    To be called on the CPU's whole model, which has to be the same on every rank: a layer is on the device only as
+    its shard. Optimizers are to be made afterwards, from the shards.
+    """
+    layers = getattr(getattr(model, "base_model", model), "layers", None)
+    root = _Root(model)
+    for layer in layers if isinstance(layers, nn.ModuleList) else ():
+        fully_shard(layer, mesh=mesh)
+    # Nothing is whole outside of a pass: not what a checkpoint reads, nor what the optimizer has just changed.
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # Plain sums, which gloo has too.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return cast("Scope[Any]", root)
+
+
+def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor gathered from its shards, one at a time, on its device. A collective where there are shards."""
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Puts the whole `value` into `target`, of which this rank may hold a shard. No collective: every rank has the
+    value.
+    """
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        shards = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(shards.to_local())
+    else:
+        target.copy_(value)

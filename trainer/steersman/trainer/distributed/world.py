@@ -1,0 +1,126 @@
+"""The processes that train together, as a stage sees them; and the trivial case of one.
+
+*Ranks* are numbered from 0; rank 0 is the *lead*: it owns the run folder, records the job and talks to the services. A
+*collective* is a call that every rank makes, in the same order; it returns when all have.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+Scope = Callable[[Callable[[], T]], T]
+"""Runs a forward pass in which the parameters of one model are whole, and gives what it gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What the lead has the other ranks do. Arguments are JSON values."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class World(Protocol):
+    """The ranks of a stage."""
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def is_lead(self) -> bool:
+        """True on rank 0."""
+        ...
+
+    def device(self, asked: str) -> str:
+        """The device of this rank where the job asks for `asked` ("auto", "cpu", "cuda", "cuda:N")."""
+        ...
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This rank's shard of `tensor`, sharing its memory; the tensor itself where it is whole."""
+        ...
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Adds up each tensor over the ranks, in place. A collective."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """True if `flag` is on some rank. A collective."""
+        ...
+
+    def from_lead(self, data: bytes | None) -> bytes:
+        """The lead's `data`, on every rank; what others give is not looked at. A collective."""
+        ...
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here. A collective."""
+        ...
+
+    def tell(self, name: str, **arguments: Any) -> None:
+        """The lead has the others hear a command. Does not wait for them."""
+        ...
+
+
+class Solo:
+    """A world of one process. Its collectives return at once."""
+
+    rank: Final = 0
+    size: Final = 1
+    is_lead: Final = True
+
+    def device(self, asked: str) -> str:
+        """What was asked for."""
+        return asked
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Leaves the tensors as they are."""
+
+    def any(self, flag: bool) -> bool:
+        """The flag itself."""
+        return flag
+
+    def from_lead(self, data: bytes | None) -> bytes:
+        """The data itself."""
+        assert data is not None
+        return data
+
+    def barrier(self) -> None:
+        """Returns."""
+
+    def tell(self, name: str, **arguments: Any) -> None:
+        """Nobody hears."""
+
+
+SOLO: Final = Solo()
+
+
+def direct(forward: Callable[[], T]) -> T:
+    """The `Scope` of a model whose parameters are always whole."""
+    return forward()
+
+
+def launched_size(environment: Mapping[str, str] = os.environ) -> int:
+    """How many ranks torchrun started; 1 if it did not start this process."""
+    if "RANK" not in environment:
+        return 1
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The number of this process among those that torchrun started; 0 if it did not start it."""
+    return int(environment["RANK"]) if launched_size(environment) > 1 else 0
