@@ -173,6 +173,7 @@ class EncodedDelta:
         self.tally = Tally()
         self._parts: list[WeightChunk | DensePart] = []
         self._new: WeightSlices | None = new
+        self.is_empty = not any(new.num_elements(spec) for spec in manifest)
         self._grown = asyncio.Event()
         made = difference(base, new, manifest, encoding=encoding, max_bytes=max_bytes, threads=threads)
         self._task = asyncio.create_task(self._encode(made, hash_all))

@@ -34,6 +34,10 @@ class WeightsRefused(Exception):
     """A replica will never take these weights: another model, or a version that it had already."""
 
 
+LeaveOut = Callable[[str, Exception], bool]
+"""Told of the target of a replica that refuses for good, and why: True to go on without it."""
+
+
 class WeightPort(Protocol):
     """The weight service of one replica; `steersman.client.AsyncWeightClient` is one."""
 

@@ -70,6 +70,7 @@ class Publication:
         backoff: Backoff,
         waits: Waits,
         sleep: Sleep,
+        leave_out: LeaveOut = lambda target, error: False,
     ) -> None:
         self.image = image
         self.failures: dict[str, str] = {}
@@ -77,6 +78,7 @@ class Publication:
         self._settings = settings
         self._rounds = rounds
         self._backoff, self._waits, self._sleep = backoff, waits, sleep
+        self._leave_out = leave_out
         self._parts = {replica.target: _Part(replica=replica) for replica in replicas}
         self._decision: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
@@ -87,7 +89,8 @@ class Publication:
         """Returns when all replicas are done or have failed, or at the deadline; what is under way there goes on.
 
         `commit` is called once it is decided that the version is to be activated, before the first request says so.
-        Raises QuorumNotStaged if it is decided otherwise, WeightsRefused if a replica refuses for good.
+        Raises QuorumNotStaged if it is decided otherwise, WeightsRefused if a replica refuses for good and is not
+        left out.
         """
         deadline = time.monotonic() + self._settings.stage_timeout_seconds
         self._rounds.expect(self._parts)
@@ -175,7 +178,11 @@ class Publication:
 
     def _part_ended(self, part: _Part, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("weights %s did not reach %s: %s", self.image.version, part.replica.target, error)
+            target = part.replica.target
+            _log.warning("weights %s did not reach %s: %s", self.image.version, target, error)
+            if isinstance(error, WeightsRefused) and self._leave_out(target, error):
+                self.failures[target] = str(error)
+                self.remove(target)
         self._changed.set()
 
     async def _look(self, commit: Callable[[], None], deadline: float) -> None:

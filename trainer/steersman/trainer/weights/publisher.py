@@ -23,7 +23,6 @@ from steersman.trainer.weights.delivery import Delivery, DirectDelivery
 from steersman.trainer.weights.encode import Tally
 from steersman.trainer.weights.history import DeltaHistory
 from steersman.trainer.weights.image import Image
-from steersman.trainer.weights.ports import Connect
 from steersman.trainer.weights.publication import Publication
 from steersman.trainer.weights.replica import Progress, Replica
 from steersman.trainer.weights.report import PublishReport
@@ -47,6 +46,8 @@ class Publisher:
         targets: the first replicas; see `update_targets`.
         settings: when replicas switch, and how long they are waited for.
         delivery: how chunks get to replicas whose pushes are open.
+        leave_out: whether a publication goes on without a replica that refuses for good; who says so takes it off the
+            targets.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Publisher:
         backoff: Backoff | None = None,
         waits: Waits | None = None,
         delivery: Delivery | None = None,
+        leave_out: LeaveOut = lambda target, error: False,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
         self.run_id = run_id
@@ -67,6 +69,7 @@ class Publisher:
         self._backoff = backoff or Backoff()
         self._waits = waits or Waits()
         self._sleep = sleep
+        self._leave_out = leave_out
         self._history = DeltaHistory(self._settings.encoding, max_bytes=self._settings.delta_history_bytes)
         self._rounds = Rounds(delivery or DirectDelivery())
         self._replicas: dict[str, Replica] = {}
@@ -114,7 +117,8 @@ class Publisher:
         the quorum has staged it.
 
         A replica that cannot be reached, breaks off or takes too long is in the report. QuorumNotStaged if the
-        version was given up; the wanted one stays what it was. WeightsRefused if a replica refuses for good.
+        version was given up; the wanted one stays what it was. WeightsRefused if a replica refuses for good, unless
+        it is left out.
         ValueError if the version is not of this attempt or not newer than the wanted one.
         """
         if image.version.run_id != self.run_id or (self.wanted is not None and image.version <= self.wanted):
@@ -135,6 +139,7 @@ class Publisher:
                 backoff=self._backoff,
                 waits=self._waits,
                 sleep=self._sleep,
+                leave_out=self._leave_out,
             )
             self._publications.append(publication)
             try:
