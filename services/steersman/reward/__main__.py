@@ -8,6 +8,7 @@ from steersman.serving.app import main
 from steersman.serving.metrics import Metrics
 from steersman.serving.server import make_gate
 from steersman.serving.service import Service
+from steersman.wire.allocator import keep_freed_memory
 
 
 async def build(settings: RewardSettings, metrics: Metrics) -> Service:
@@ -16,6 +17,7 @@ async def build(settings: RewardSettings, metrics: Metrics) -> Service:
         vllm_environment.prepare(
             on_cpu=vllm_environment.runs_on_cpu(), num_threads=settings.num_threads, separate_processes=True
         )
+    keep_freed_memory()
     # Heavy imports wait until the settings are known to be good.
     from steersman.reward.build import build_handler
     from steersman.reward.servicer import RewardService

@@ -92,6 +92,12 @@ def attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if beyond or not causal or attention_mask is not None or query.shape[2] != key.shape[2]:
         raise NotPackableError(f"not plain causal attention: {', '.join(beyond) or 'a mask or a cache'}")
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return attend_segments(pack, query, key, value, scale), None
+
+
+def attend_segments(pack: Pack, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of all tokens of a pack; shapes as for `attend`."""
     if query.device.type != "cpu" and key.shape[1] != query.shape[1]:
         # With grouped heads and a mask accelerators would take their slowest kernel.
         groups = query.shape[1] // key.shape[1]
@@ -99,10 +105,26 @@ def attend(
     output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     by_products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and _has_fast_products()
     attend_segment = _attend_by_products if by_products else _attend_segment
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     for segment in pack.segments:
         attend_segment(segment, query, key, value, scale, output)
-    return output, None
+    return output
+
+
+def attend_last(pack: Pack, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of the last tokens of the rows alone: query [1, heads, rows, size], key and value for all tokens.
+
+    Returns [1, rows, heads, size].
+    """
+    num_groups = query.shape[1] // key.shape[1]
+    grouped = query[0].unflatten(0, (key.shape[1], num_groups))
+    outputs = []
+    for index, spans in enumerate(pack.row_spans()):
+        keys = torch.cat([key[0, :, start:stop] for start, stop in spans], 1)
+        values = torch.cat([value[0, :, start:stop] for start, stop in spans], 1)
+        scores = torch.bmm(grouped[:, :, index], keys.transpose(1, 2)).float().mul_(scale)
+        weights = torch.softmax(scores, -1).to(query.dtype)
+        outputs.append(torch.bmm(weights, values).flatten(0, 1))
+    return torch.stack(outputs)[None]
 
 
 def _attend_segment(segment: Segment, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor) -> None:

@@ -9,6 +9,7 @@ in three segments. Tokens of the second attend to those at 0 to 3, which come be
 themselves. A segment continues any number of earlier ones: a conversation, the answer to it, and the next turn.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ class Pack:
     positions: NDArray[np.int64]
     segments: tuple[Segment, ...]
     last: NDArray[np.int64]
+
+    def row_spans(self) -> list[tuple[Span, ...]]:
+        """Where the tokens of each row are, in order."""
+        stops = [segment.stop for segment in self.segments]
+        found = []
+        for last in self.last.tolist():
+            segment = self.segments[bisect.bisect_right(stops, last)]
+            found.append(_join(segment.before, (segment.start, last + 1)))
+        return found
 
 
 def pack_rows(rows: Sequence[NDArray[np.int32]]) -> Pack:

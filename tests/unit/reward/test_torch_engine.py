@@ -21,6 +21,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
 )
 
 from steersman.reward.engine.port import Normalization
@@ -103,9 +105,14 @@ def family(seed: int = 5) -> list[np.ndarray]:
     ]
 
 
-PLAIN_CAUSAL = [
+OWN_FORWARD_PASS = [
     (Qwen2ForSequenceClassification, Qwen2Config(**SIZES, num_key_value_heads=2, pad_token_id=0)),
     (LlamaForSequenceClassification, LlamaConfig(**SIZES, pad_token_id=0)),
+    (MistralForSequenceClassification, MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)),
+    (Qwen3ForSequenceClassification, Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, pad_token_id=0)),
+]
+PLAIN_CAUSAL = [
+    *OWN_FORWARD_PASS,
     (
         GPT2ForSequenceClassification,
         GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, num_labels=1, pad_token_id=0),
@@ -113,7 +120,7 @@ PLAIN_CAUSAL = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "config"), PLAIN_CAUSAL, ids=["qwen2", "llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "config"), PLAIN_CAUSAL, ids=["qwen2", "llama", "mistral", "qwen3", "gpt2"])
 def test_shared_beginnings_are_computed_once_and_change_nothing(kind, config):
     torch.manual_seed(0)
     model = kind(config).eval()
@@ -121,9 +128,7 @@ def test_shared_beginnings_are_computed_once_and_change_nothing(kind, config):
     engine = TorchScoreEngine(model, INFO)
     assert engine.shares_prefixes
     computed: list[int] = []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda module, args, named: computed.append(named["input_ids"].numel()), with_kwargs=True
-    )
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: computed.append(args[0].numel()))
     scores = engine.score(rows)
     hook.remove()
     assert computed == [20 + 18 + 1 + 9 + 30 + 5 + 14 + 33]
@@ -132,6 +137,29 @@ def test_shared_beginnings_are_computed_once_and_change_nothing(kind, config):
     apart = TorchScoreEngine(model, INFO, share_prefixes=False)
     assert not apart.shares_prefixes
     np.testing.assert_allclose(scores, apart.score(rows), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "config"), OWN_FORWARD_PASS, ids=["qwen2", "llama", "mistral", "qwen3"])
+def test_the_last_layer_computes_last_tokens_alone(kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    rows = family()
+    engine = TorchScoreEngine(model, INFO)
+    counts: list[list[int]] = [[] for _ in model.model.layers]
+    for layer, seen in zip(model.model.layers, counts, strict=True):
+        layer.mlp.down_proj.register_forward_hook(lambda _, __, output, seen=seen: seen.append(len(output)))
+    engine.score(rows)
+    assert counts == [[20 + 18 + 1 + 9 + 30 + 5 + 14 + 33], [len(rows)]]
+
+
+def test_an_architecture_that_does_more_than_is_known_goes_through_its_own_modules():
+    model = tiny_qwen()
+    plain = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda states: 2 * plain(states)
+    rows = family()
+    engine = TorchScoreEngine(model, INFO)
+    assert engine.shares_prefixes
+    np.testing.assert_allclose(engine.score(rows), plain_loop(model, rows), atol=1e-5)
 
 
 def test_answers_longer_than_a_chunk_of_queries():

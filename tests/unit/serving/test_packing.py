@@ -35,6 +35,14 @@ def test_every_row_can_be_read_from_the_pack(rows):
 
 
 @given(ROWS)
+def test_the_tokens_of_every_row_are_where_its_spans_say(rows):
+    pack = pack_rows(rows)
+    for spans, expected in zip(pack.row_spans(), rows, strict=True):
+        where = [at for start, stop in spans for at in range(start, stop)]
+        assert pack.token_ids[where].tolist() == expected.tolist()
+
+
+@given(ROWS)
 def test_segments_lie_one_behind_the_other(rows):
     pack = pack_rows(rows)
     assert [segment.start for segment in pack.segments] == [0, *(segment.stop for segment in pack.segments[:-1])]

@@ -7,7 +7,8 @@ The last token is the last one that was given. Transformers' own forward pass ta
 id, which is another token when responses end with EOS and EOS is also the padding id.
 
 Three ways to compute, the first that gives what the model's own forward pass gives: rows packed one behind the other,
-common beginnings once (plain causal attention); rows padded on the right (other causal models); the model's own pass.
+common beginnings once (plain causal attention; on a CPU by a forward pass of our own, where the architecture is known);
+rows padded on the right (other causal models); the model's own pass.
 """
 
 import logging
@@ -33,6 +34,7 @@ from steersman.serving.models import (
     sequence_limit,
 )
 from steersman.serving.packed_attention import NotPackableError, packed, run_pack
+from steersman.serving.packed_decoder import PackedDecoder
 from steersman.serving.packing import pack_rows
 from steersman.serving.prefixes import MIN_SHARED_TOKENS
 from steersman.wire.identity import ModelInfo
@@ -66,7 +68,10 @@ class TorchScoreEngine:
         self._transformer = model.base_model
         self._expected = self._probe()
         self._reads_last_token = self._head_weight is not None and self._agrees_with_model(self._score_last_token)
+        self._decoder: PackedDecoder | None = None
         self.shares_prefixes = share_prefixes and self._reads_last_token and self._can_pack()
+        if self.shares_prefixes and self.device_type == "cpu":
+            self._use_decoder()
 
     @classmethod
     def load(cls, field: str, settings: ModelScorerSettings) -> "TorchScoreEngine":
@@ -97,6 +102,8 @@ class TorchScoreEngine:
 
     def _score_packed(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         pack = pack_rows(rows)
+        if self._decoder is not None:
+            return self._read_head(self._decoder.run(pack, self.device))
         hidden = run_pack(self._transformer, pack, self.device)
         return self._read_head(hidden[torch.from_numpy(pack.last).to(self.device)])
 
@@ -132,6 +139,17 @@ class TorchScoreEngine:
         except (NotPackableError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             logger.info("rows are padded, and share nothing: %s", error)
             return False
+
+    def _use_decoder(self) -> None:
+        """Packs go through a forward pass of our own where there is one and it gives what the model's own gives."""
+        try:
+            self._decoder = PackedDecoder(self._transformer)
+        except ValueError as error:
+            logger.info("packs go through the modules of transformers: %s", error)
+            return
+        if not self._agrees_with_model(self._score_packed):
+            self._decoder = None
+            logger.info("packs go through the modules of transformers: scores of a shorter way differ")
 
     @torch.inference_mode()
     def _probe(self) -> tuple[list[NDArray[np.int32]], list[float]]:
