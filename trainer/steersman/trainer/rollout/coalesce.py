@@ -1,8 +1,7 @@
-"""Single items into small calls.
+"""Single items into calls.
 
-Completions end one by one, but a scoring service works best on batches. A coalescer gathers what arrives
-while its calls are under way, and sends it as the next call: alone and at once when the service is idle,
-together when it is busy.
+Completions end one by one, but a scoring service works best on batches: a call of one costs several times the processor
+time a token. So a coalescer gathers what comes within a window before it calls, for as long as more is to come.
 
 Invariants: every submitted item gets exactly one answer (a result or an error); items of a call that failed
 as a whole are sent again, and one bad item does not spoil the answers of the others.
@@ -12,10 +11,15 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from steersman.trainer.retry import Backoff, Sleep, Waits, retry
 from steersman.wire.errors import Code, SteersmanError
+
+# Beside the time of a response it is nothing, and a model of a few million parameters ends several responses in it.
+GATHER_SECONDS: Final = 0.1
+# Completions of one decode step arrive within milliseconds of each other.
+LAST_GATHER_SECONDS: Final = 0.005
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,8 +35,8 @@ class _Entry(Generic[Item, Result]):
 class Coalescer(Generic[Item, Result]):
     """Makes calls of at most `max_items`, at most `max_calls` at once, out of single items.
 
-    `linger_seconds` is how long a first item waits for company; completions of one decode step arrive within
-    milliseconds of each other. An item that fails by itself is tried `item_attempts` times.
+    A first item waits `GATHER_SECONDS` for company while `more_to_come()` says that there will be more, else
+    `LAST_GATHER_SECONDS`; call `hurry` when that changes. An item that fails by itself is tried `item_attempts` times.
     """
 
     def __init__(
@@ -42,9 +46,9 @@ class Coalescer(Generic[Item, Result]):
         what: str,
         backoff: Backoff,
         waits: Waits,
+        more_to_come: Callable[[], bool] = lambda: False,
         max_items: int = 32,
         max_calls: int = 2,
-        linger_seconds: float = 0.005,
         item_attempts: int = 3,
         sleep: Sleep = asyncio.sleep,
     ) -> None:
@@ -54,12 +58,14 @@ class Coalescer(Generic[Item, Result]):
         self._waits = waits
         self._max_items = max_items
         self._max_calls = max_calls
-        self._linger_seconds = linger_seconds
+        self._more_to_come = more_to_come
         self._item_attempts = item_attempts
         self._sleep = sleep
         self._queue: deque[_Entry[Item, Result]] = deque()
         self._calls: set[asyncio.Task[None]] = set()
+        # At most one of them: items wait for others, or have waited long enough and go as soon as a call may begin.
         self._timer: asyncio.TimerHandle | None = None
+        self._is_due = False
 
     async def submit(self, item: Item) -> Result:
         """The result for `item`. Raises its SteersmanError if it failed for good, GaveUp if the service
@@ -69,11 +75,15 @@ class Coalescer(Generic[Item, Result]):
         self._enqueue(entry)
         return await entry.answer
 
-    async def close(self) -> None:
-        """Ends calls under way; those who wait for them are cancelled."""
+    def hurry(self) -> None:
+        """No more is to come: what has been gathered goes soon."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._timer = asyncio.get_running_loop().call_later(LAST_GATHER_SECONDS, self._pump)
+
+    async def close(self) -> None:
+        """Ends calls under way; those who wait for them are cancelled."""
+        self._stop_timer()
         for task in self._calls:
             task.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
@@ -82,15 +92,14 @@ class Coalescer(Generic[Item, Result]):
 
     def _enqueue(self, entry: _Entry[Item, Result]) -> None:
         self._queue.append(entry)
-        if len(self._queue) >= self._max_items:
+        if self._is_due or len(self._queue) >= self._max_items:
             self._pump()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._linger_seconds, self._pump)
+            seconds = GATHER_SECONDS if self._more_to_come() else LAST_GATHER_SECONDS
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._pump)
 
     def _pump(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         while self._queue and len(self._calls) < self._max_calls:
             entries = [self._queue.popleft() for _ in range(min(self._max_items, len(self._queue)))]
             # Whoever was cancelled no longer wants an answer.
@@ -98,10 +107,16 @@ class Coalescer(Generic[Item, Result]):
                 task = asyncio.get_running_loop().create_task(self._run(entries))
                 self._calls.add(task)
                 task.add_done_callback(self._on_call_done)
+        self._is_due = bool(self._queue)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _on_call_done(self, task: asyncio.Task[None]) -> None:
         self._calls.discard(task)
-        if not task.cancelled():
+        if self._is_due and not task.cancelled():
             self._pump()
 
     async def _run(self, entries: list[_Entry[Item, Result]]) -> None:

@@ -5,7 +5,8 @@ Invariants:
 - Each sample of each prompt ends in exactly one place: once in `RolloutBatch.rollouts` with response, score
   and reference log-probs, or once in `RolloutBatch.drops` with the reason. None is lost, none is doubled,
   none gets a made-up score.
-- A completion goes to reward and reference the moment it ends, while its siblings are still being drawn.
+- A completion goes to reward and reference when it ends, with those that end within a tenth of a second of it, while
+  its siblings are still being drawn; nothing waits once no sample is being drawn.
 - A completion is kept only if each of its tokens was drawn by weights that may be trained on when its batch is
   (`VersionGate.accepts`) and the engine did not cut it off; else it is drawn again, and counted.
 - A failing replica costs only the samples that it had not finished.
@@ -101,6 +102,7 @@ class Collector:
             explain_absence=explain_absence,
             sleep=sleep,
         )
+        self._num_drawing = 0
         self._reward_name, self._reference_name = f"reward at {reward.target}", f"reference at {reference.target}"
         temperature = settings.sampling.temperature
         self._scores: Coalescer[Completion, float] = Coalescer(
@@ -108,6 +110,7 @@ class Collector:
             what=self._reward_name,
             backoff=settings.backoff,
             waits=self.waits,
+            more_to_come=lambda: self._num_drawing > 0,
             max_items=settings.call_items,
             max_calls=settings.call_concurrency,
             item_attempts=settings.item_attempts,
@@ -118,6 +121,7 @@ class Collector:
             what=self._reference_name,
             backoff=settings.backoff,
             waits=self.waits,
+            more_to_come=lambda: self._num_drawing > 0,
             max_items=settings.call_items,
             max_calls=settings.call_concurrency,
             item_attempts=settings.item_attempts,
@@ -162,6 +166,17 @@ class Collector:
         await self._references.close()
 
     async def _draw(self, prompt: Prompt, batch: "_Ledger", group: asyncio.TaskGroup) -> None:
+        """Draws the samples of one prompt; after the last prompt, what has ended waits for no more."""
+        self._num_drawing += 1
+        try:
+            await self._draw_samples(prompt, batch, group)
+        finally:
+            self._num_drawing -= 1
+            if not self._num_drawing:
+                self._scores.hurry()
+                self._references.hurry()
+
+    async def _draw_samples(self, prompt: Prompt, batch: "_Ledger", group: asyncio.TaskGroup) -> None:
         """Draws the samples of one prompt, from as many replicas as it takes."""
         missing = list(range(batch.sampling.num_samples))
         num_unusable: Counter[int] = Counter()
