@@ -28,6 +28,14 @@ class Checkpoint:
     step: int
     directory: Path
 
+    @classmethod
+    def at(cls, directory: Path) -> "Checkpoint":
+        """The checkpoint in `directory`, which another process found to be whole."""
+        match = _NAME.fullmatch(directory.name)
+        if match is None:
+            raise CheckpointError(f"{directory} is no checkpoint by its name, must be step-NNNNNNNN")
+        return cls(step=int(match[1]), directory=directory)
+
     def state(self) -> dict[str, Any]:
         """The trainer state it holds."""
         return load_state(self.directory)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -44,6 +45,54 @@ def micro_batches(
         groups[-1].append(item)
         num_rows += more
     return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One micro-batch of a rank.
+
+    Attributes:
+        items: what it holds.
+        counts: False where the rank had nothing left: what is computed then only keeps the others company.
+        sizes: rows and longest length of the micro-batch of each rank in this pass.
+    """
+
+    items: list[int]
+    counts: bool
+    sizes: tuple[tuple[int, int], ...]
+
+
+def passes(
+    lengths: Sequence[int],
+    *,
+    token_budget: int,
+    rows: Sequence[int] | None = None,
+    max_padding: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> list[Pass]:
+    """The :func:`micro_batches` of one rank, of at least one item that is shared out over the ranks.
+
+    Every rank makes as many, since each pass through a sharded model needs them all. On one rank they are simply the
+    micro-batches.
+    """
+    counts = [1] * len(lengths) if rows is None else rows
+    groups_of_ranks = []
+    for share in share_out([length * count for length, count in zip(lengths, counts, strict=True)], num_ranks):
+        groups = micro_batches(
+            [lengths[item] for item in share],
+            token_budget=token_budget,
+            rows=[counts[item] for item in share],
+            max_padding=max_padding,
+        )
+        groups_of_ranks.append([[share[number] for number in group] for group in groups])
+    idle = [min(range(len(lengths)), key=lambda item: lengths[item] * counts[item])]
+    made = []
+    for groups_of_pass in zip_longest(*groups_of_ranks, fillvalue=idle):
+        sizes = ((sum(counts[i] for i in group), max(lengths[i] for i in group)) for group in groups_of_pass)
+        mine = groups_of_pass[rank]
+        made.append(Pass(items=mine, counts=mine is not idle, sizes=tuple(sizes)))
+    return made
 
 
 def share_out(costs: Sequence[int], num_shares: int) -> list[list[int]]:

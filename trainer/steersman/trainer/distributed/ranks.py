@@ -21,13 +21,14 @@ from typing import Any, Final, Self
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from steersman.trainer.distributed.world import Command
+from steersman.trainer.distributed.shard import shard
+from steersman.trainer.distributed.world import Command, Scope
 
 COLLECTIVE_SECONDS: Final = 600.0
 """Longest that a rank waits for the others in a collective: the slowest thing between two of them is one rank alone
@@ -79,9 +80,9 @@ class Ranks:
             raise ValueError(f"device is {asked!r}, but this machine has no CUDA device; use 'auto' or 'cpu'")
         return f"cuda:{torch.cuda.current_device()}"
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """All ranks in one row, on "cpu" or "cuda"."""
-        return init_device_mesh(device_type, (self.size,))
+    def shard(self, model: nn.Module, device_type: str) -> Scope[Any]:
+        """Shards `model` in place over all ranks, onto their devices ("cpu" or "cuda"); see `shard.shard`."""
+        return shard(model, init_device_mesh(device_type, (self.size,)))
 
     def local(self, tensor: Tensor) -> Tensor:
         """This rank's shard of `tensor`, sharing its memory; the tensor itself where it is whole."""
@@ -138,16 +139,17 @@ class Ranks:
         """True once some rank asked to stop."""
         return bool(self._store.check([_STOP_KEY]))
 
-    def report_failure(self, text: str) -> None:
-        """Leaves word of why this rank ends. The first one counts: what follows elsewhere comes of it."""
-        self._store.compare_set(_FAILURE_KEY, "", f"rank {self.rank} of {self.size}: {text}")
+    def blame(self, own_error: str) -> str:
+        """Why the stage failed: the error of the rank that was first to say, this one or another.
 
-    def failure(self) -> str:
-        """Which rank failed first, and why; empty if none left word."""
+        A collective that fails says only that a connection broke; the cause is with the rank that broke it, if it
+        lived long enough.
+        """
+        own = f"rank {self.rank} of {self.size} failed: {own_error}"
         try:
-            return self._store.get(_FAILURE_KEY).decode() if self._store.check([_FAILURE_KEY]) else ""
+            return str(self._store.compare_set(_FAILURE_KEY, "", own), "utf-8")
         except RuntimeError:
-            return ""  # the store went with torchrun
+            return own  # the store went with torchrun
 
     def close(self) -> None:
         """Leaves the process group."""

@@ -7,9 +7,11 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    # The worker asks who it is before it is sure that there is work for torch.
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -47,11 +49,15 @@ class World(Protocol):
         """The device of this rank where the job asks for `asked` ("auto", "cpu", "cuda", "cuda:N")."""
         ...
 
-    def local(self, tensor: Tensor) -> Tensor:
+    def shard(self, model: "nn.Module", device_type: str) -> Scope[Any]:
+        """Shards `model` in place over the ranks, onto their devices; gives the scope of its forward passes."""
+        ...
+
+    def local(self, tensor: "Tensor") -> "Tensor":
         """This rank's shard of `tensor`, sharing its memory; the tensor itself where it is whole."""
         ...
 
-    def sum(self, *tensors: Tensor) -> None:
+    def sum(self, *tensors: "Tensor") -> None:
         """Adds up each tensor over the ranks, in place. A collective."""
         ...
 
@@ -71,6 +77,24 @@ class World(Protocol):
         """The lead has the others hear a command. Does not wait for them."""
         ...
 
+    def hear(self, *, each_look: Callable[[], None] = lambda: None) -> Command:
+        """The lead's next command, on a rank that is not the lead; waits for it without end, and calls `each_look`
+        every few seconds meanwhile.
+        """
+        ...
+
+    def ask_to_stop(self) -> None:
+        """Has the lead hear that this rank was told to stop."""
+        ...
+
+    def stop_asked(self) -> bool:
+        """True once some rank asked to stop."""
+        ...
+
+    def blame(self, own_error: str) -> str:
+        """Why the stage failed, where this rank ends with `own_error`: that of the rank which failed first."""
+        ...
+
 
 class Solo:
     """A world of one process. Its collectives return at once."""
@@ -83,11 +107,15 @@ class Solo:
         """What was asked for."""
         return asked
 
-    def local(self, tensor: Tensor) -> Tensor:
+    def shard(self, model: "nn.Module", device_type: str) -> Scope[Any]:
+        """Leaves the model as it is."""
+        return direct
+
+    def local(self, tensor: "Tensor") -> "Tensor":
         """The tensor itself."""
         return tensor
 
-    def sum(self, *tensors: Tensor) -> None:
+    def sum(self, *tensors: "Tensor") -> None:
         """Leaves the tensors as they are."""
 
     def any(self, flag: bool) -> bool:
@@ -104,6 +132,21 @@ class Solo:
 
     def tell(self, name: str, **arguments: Any) -> None:
         """Nobody hears."""
+
+    def hear(self, *, each_look: Callable[[], None] = lambda: None) -> Command:
+        """Nobody speaks."""
+        raise AssertionError("a single process is the lead")
+
+    def ask_to_stop(self) -> None:
+        """Nobody hears."""
+
+    def stop_asked(self) -> bool:
+        """Nobody else asks."""
+        return False
+
+    def blame(self, own_error: str) -> str:
+        """The error itself."""
+        return own_error
 
 
 SOLO: Final = Solo()

@@ -2,12 +2,14 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from steersman.trainer.checkpoint.models import resolve_device
+from steersman.trainer.distributed.world import Scope, World, direct
 from steersman.trainer.stages.linear import speed_up
 from steersman.trainer.stages.settings import DTypeSetting
 
@@ -29,6 +31,17 @@ class Placement:
         if fast_linear:
             speed_up(model)
         return model
+
+    def settle(self, model: PreTrainedModel, world: World, *, fast_linear: bool = True) -> Scope[Any]:
+        """Moves ``model``, which is on the CPU, there, or shards it over the ranks; gives the scope of its forward
+        passes.
+        """
+        if world.size == 1:
+            self.move(model, fast_linear=fast_linear)
+            return direct
+        if fast_linear and self.device.type == "cpu":
+            speed_up(model)
+        return world.shard(model, self.device.type)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context for forward passes."""

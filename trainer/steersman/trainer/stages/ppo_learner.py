@@ -17,10 +17,9 @@ Invariants:
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
 from steersman.trainer.algorithm.losses import kl_loss, policy_loss, value_loss
 from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
 from steersman.trainer.checkpoint.models import hidden_states_at, lm_head, score_head
-from steersman.trainer.data.batches import micro_batches, share_out, worthwhile_padding
+from steersman.trainer.data.batches import Pass, passes, worthwhile_padding
 from steersman.trainer.distributed.totals import total
 from steersman.trainer.distributed.world import SOLO, Scope, World, direct
 from steersman.trainer.rollout.types import Rollout
@@ -63,21 +62,40 @@ class _Micro:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """The rows of this rank in one pass, whether they count, and the most padded tokens that a rank has in it."""
-
-    rows: list[int]
-    counts: bool
-    most_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Outputs:
     """Per response token, row by row; with a graph if it was asked for."""
 
     logprobs_t: Tensor
     values_t: Tensor
     entropy_t: Tensor | None
+
+
+class Learner(Protocol):
+    """What the loop asks of the models. On several ranks each call is a collective."""
+
+    def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
+        """Trains on one batch; gives its metrics."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the trainer state keeps of the optimizers."""
+        ...
+
+    def write(self, directory: Path) -> None:
+        """Writes the rest into `directory`, of a checkpoint."""
+        ...
+
+    def read(self, directory: Path, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        ...
+
+    def image(self, version: WeightVersion) -> WeightImage | None:
+        """A copy of the actor's weights, to be published; None but on the lead."""
+        ...
+
+    def whole_actor(self) -> PreTrainedModel | None:
+        """The actor with all its weights; None but on the lead."""
+        ...
 
 
 class PpoLearner:
@@ -128,12 +146,14 @@ class PpoLearner:
         num_retained = 0
         for one in self._passes(rollouts, range(len(rollouts))):
             micro = self._micro(rollouts, one)
-            retain = single and num_retained + one.most_tokens <= self._retained_tokens
+            # Ranks differentiate the same passes, so the one with most tokens decides.
+            num_tokens = max(num_rows * (longest - 1) for num_rows, longest in one.sizes)
+            retain = single and num_retained + num_tokens <= self._retained_tokens
             outputs = self._forward(micro, step, grad=retain)
             if micro.counts:
                 _scatter(old_BT, data.mask_BT, micro.rows_b, outputs.logprobs_t)
                 _scatter(values_BT, data.mask_BT, micro.rows_b, outputs.values_t)
-            num_retained += one.most_tokens if retain else 0
+            num_retained += num_tokens if retain else 0
             pending.append((micro, outputs if retain else None))
         self._world.sum(old_BT, values_BT)
         targets, metrics = make_targets(data, old_BT, values_BT, config=config, kl_coef=kl_coef)
@@ -323,25 +343,19 @@ class PpoLearner:
             values_t = self._critic_scope(judge)
         return _Outputs(logprobs_t=logprobs_t, values_t=values_t, entropy_t=entropy_t)
 
-    def _passes(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[_Pass]:
-        """The micro-batches of this rank's share of `rows`, as many as every rank makes."""
-        lengths = [rollouts[row].num_tokens for row in rows]
-        worth = worthwhile_padding(self._placement.device)
-        of_ranks = []
-        for share in share_out(lengths, self._world.size):
-            own = [lengths[item] for item in share]
-            groups = micro_batches(own, token_budget=self._config.micro_batch_tokens, max_padding=worth)
-            of_ranks.append([[rows[share[item]] for item in group] for group in groups])
-        shortest = min(rows, key=lambda row: rollouts[row].num_tokens)
-        passes = []
-        for groups_of_ranks in zip_longest(*of_ranks, fillvalue=[]):
-            mine = groups_of_ranks[self._world.rank]
-            most = max(_padded_tokens(rollouts, group or [shortest]) for group in groups_of_ranks)
-            passes.append(_Pass(rows=mine or [shortest], counts=bool(mine), most_tokens=most))
-        return passes
+    def _passes(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[Pass]:
+        """This rank's micro-batches of `rows`; items are numbers of rollouts."""
+        made = passes(
+            [rollouts[row].num_tokens for row in rows],
+            token_budget=self._config.micro_batch_tokens,
+            max_padding=worthwhile_padding(self._placement.device),
+            rank=self._world.rank,
+            num_ranks=self._world.size,
+        )
+        return [replace(one, items=[rows[item] for item in one.items]) for one in made]
 
-    def _micro(self, rollouts: Sequence[Rollout], one: _Pass) -> _Micro:
-        rows = one.rows
+    def _micro(self, rollouts: Sequence[Rollout], one: Pass) -> _Micro:
+        rows = one.items
         width = max(rollouts[row].num_tokens for row in rows) - 1
         ids_bW = torch.zeros(len(rows), width, dtype=torch.int64)
         predicting: list[Tensor] = []
@@ -372,10 +386,6 @@ class PpoLearner:
 
 def _num_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(len(rollout.response_ids) for rollout in rollouts)
-
-
-def _padded_tokens(rollouts: Sequence[Rollout], rows: Sequence[int]) -> int:
-    return len(rows) * (max(rollouts[row].num_tokens for row in rows) - 1)
 
 
 def _scatter(into_BT: Tensor, mask_BT: Tensor, rows_b: Tensor, values_t: Tensor) -> None:

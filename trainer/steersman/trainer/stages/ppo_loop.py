@@ -37,10 +37,11 @@ from steersman.trainer.checkpoint.models import (
 )
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
+from steersman.trainer.distributed.world import World
 from steersman.trainer.rollout.types import Rollout, RolloutBatch, describe_drops
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
-from steersman.trainer.stages.ppo_learner import PpoLearner
+from steersman.trainer.stages.ppo_learner import Learner, PpoLearner
 from steersman.trainer.stages.ppo_pipeline import RolloutPipeline, require_fresh
 from steersman.trainer.stages.ppo_prompts import PromptStream
 from steersman.trainer.stages.ppo_services import GrpcServices, Services
@@ -75,32 +76,57 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
 
     The final model is at `run.directory / "model"`. Raises CheckpointError, DataError or ValueError for bad
     settings, GaveUp when a service stayed away too long, WeightsRefused when a policy serves another model.
+    On a rank that is not the lead, all that is the lead's business.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    attempt = next_attempt(run.directory)
     tokenizer = load_tokenizer(
         config.tokenizer or str(config.actor.path), revision=None if config.tokenizer else config.actor.revision
     )
+    learner = load_learner(config, tokenizer, run.world)
+    if run.world.size == 1:
+        return _run(config, run, tokenizer, learner)
+    # Not before: one process does without torch.distributed.
+    from steersman.trainer.stages.ppo_ranks import LeadLearner, follow
+
+    if not run.world.is_lead:
+        num_updates = follow(learner, run.world, stop_requested=run.stop_requested)
+        return PpoResult(steps=num_updates, stopped=False, model_directory=None)
+    lead = LeadLearner(learner, run.world)
+    try:
+        return _run(config, run, tokenizer, lead)
+    finally:
+        lead.close()
+
+
+def load_learner(config: PpoConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> PpoLearner:
+    """The learner with its models, on the device of the settings or sharded over the ranks."""
     actor, critic = load_models(config, tokenizer)
     require_savable(actor, tokenizer)
-    learner = PpoLearner(actor, critic, config)
-    run_id = f"{run.run_id}.{attempt}"
+    placement = place(world.device(config.device), config.dtype)
+    return PpoLearner(
+        actor,
+        critic,
+        config,
+        world=world,
+        actor_scope=placement.settle(actor, world, fast_linear=config.fast_linear),
+        critic_scope=placement.settle(critic, world, fast_linear=config.fast_linear),
+    )
+
+
+def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Actor and critic, on the CPU."""
+    actor = load_actor(config.actor, seed=config.seed, tokenizer=tokenizer)
+    return actor, load_scalar_head(config.critic or config.actor, seed=config.seed, tokenizer=tokenizer)
+
+
+def _run(config: PpoConfig, run: Run, tokenizer: PreTrainedTokenizerBase, learner: Learner) -> PpoResult:
+    run_id = f"{run.run_id}.{next_attempt(run.directory)}"
     with GrpcServices(config, run_id=run_id, tokenizer=tokenizer) as services:
         checking = services.check()
         loop = PpoLoop(config, run, learner, services, tokenizer=tokenizer, run_id=run_id)
         loop.wait_for(checking, "asking the services for their models")
         return loop.run()
-
-
-def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Actor and critic on the device of the settings."""
-    placement = place(config.device, config.dtype)
-    actor = load_actor(config.actor, seed=config.seed, tokenizer=tokenizer)
-    critic = load_scalar_head(config.critic or config.actor, seed=config.seed, tokenizer=tokenizer)
-    for model in (actor, critic):
-        placement.move(model, fast_linear=config.fast_linear)
-    return actor, critic
 
 
 class PpoLoop:
@@ -110,7 +136,7 @@ class PpoLoop:
         self,
         config: PpoConfig,
         run: Run,
-        learner: PpoLearner,
+        learner: Learner,
         services: Services,
         *,
         tokenizer: PreTrainedTokenizerBase,
@@ -338,4 +364,4 @@ def _kl_controller(config: PpoConfig) -> KLController:
     return AdaptiveKLController(coefficient=settings.coefficient, target=settings.target, horizon=settings.horizon)
 
 
-__all__ = ["PpoLoop", "PpoResult", "Stopped", "load_models", "run_ppo"]
+__all__ = ["PpoLoop", "PpoResult", "Stopped", "load_learner", "load_models", "run_ppo"]

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -14,11 +15,12 @@ from steersman.trainer.algorithm.losses import LossOutput, RankedPairs, bradley_
 from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.atomic import write_json
 from steersman.trainer.checkpoint.models import adopt_special_tokens, load_scalar_head, sequence_scores
-from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad, worthwhile_padding
+from steersman.trainer.data.batches import PaddedBatch, Pass, pad, passes, worthwhile_padding
 from steersman.trainer.data.encode import Encoder, Example
 from steersman.trainer.data.load import load_comparisons
 from steersman.trainer.data.order import balanced
 from steersman.trainer.data.records import Comparison
+from steersman.trainer.distributed.world import Scope, World
 from steersman.trainer.stages import reward_normalization
 from steersman.trainer.stages.placement import Placement, place
 from steersman.trainer.stages.reward_evaluation import JudgedPair, evaluate_pairs
@@ -30,6 +32,8 @@ _log = logging.getLogger(__name__)
 _PAD_TOKEN = "<|pad|>"
 # Enough to find a wrong tokenizer, head or data type; a few kilobytes.
 _CHECKED_COMPARISONS = 16
+# All pairs of responses of so many comparisons are looked at together.
+_COMPARISONS_AT_ONCE = 64
 EVALUATION_FILE: Final = "evaluation.json"
 SCORES_FILE: Final = "scores.json"
 
@@ -57,11 +61,11 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
         eval_records, _ = load_comparisons(config.eval_data)
     run.progress(0, config.max_steps or 0, f"{report.num_records} comparisons, {report.num_bad_rows} bad rows left out")
 
-    placement = place(config.device, config.dtype)
+    placement = place(run.world.device(config.device), config.dtype)
     pad_id = _require_padding(tokenizer)
     model = load_scalar_head(config.model, seed=config.seed, tokenizer=tokenizer)
     _cover_vocabulary(model, tokenizer)
-    placement.move(model)
+    scope = placement.settle(model, run.world)
     encoder = make_encoder(config, tokenizer)
     comparisons = _encode(encoder, [records[n] for n in train_numbers], use_ties=config.use_ties)
     if not comparisons:
@@ -69,6 +73,8 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     task = _RewardModelTask(
         config=config,
         model=model,
+        world=run.world,
+        scope=scope,
         placement=placement,
         comparisons=comparisons,
         order=balanced([c.longer_preferred for c in comparisons], seed=config.seed)
@@ -107,6 +113,8 @@ class _Encoded:
 class _RewardModelTask:
     config: RewardModelConfig
     model: PreTrainedModel
+    world: World
+    scope: Scope[Any]
     placement: Placement
     comparisons: list[_Encoded]
     order: list[int]
@@ -122,17 +130,18 @@ class _RewardModelTask:
     def accumulate(self, records: list[int]) -> MetricSums:
         comparisons = [self.comparisons[self.order[n]] for n in records]
         sums = MetricSums()
-        for batch, group in self._batches(comparisons):
-            scores_B = self._scores(batch)
+        for one in self._passes(comparisons):
+            batch, group = self._batch([comparisons[n] for n in one.items])
+            share, scores_B = float(one.counts), self._scores(batch)
             output, pairs = self._loss(scores_B, group, denominator=len(comparisons), smoothed=True)
             loss = output.loss
             if self.config.score_penalty:
                 loss = loss + self.config.score_penalty * (scores_B.square() * self._shares(group)).sum() / len(
                     comparisons
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
-            _add(sums, output, pairs)
-            sums.add({"num_tokens": batch.lengths_B.sum()}, count=1)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            _add(sums, output, pairs, share=share)
+            sums.add({"num_tokens": batch.lengths_B.sum() * share}, count=share)
         return sums
 
     @torch.no_grad()
@@ -141,13 +150,13 @@ class _RewardModelTask:
             return {}
         sums = MetricSums()
         judged: list[JudgedPair] = []
-        for batch, group in self._batches(self.eval_comparisons):
-            scores_B = self._scores(batch)
+        for scores_B, group in self._all_scored(self.eval_comparisons):
             output, pairs = self._loss(scores_B, group, denominator=1, smoothed=False)
             _add(sums, output, pairs)
             judged += _judged(scores_B, pairs, group)
         evaluation = evaluate_pairs(judged)
-        write_json(self.directory / EVALUATION_FILE, evaluation.table())
+        if self.world.is_lead:
+            write_json(self.directory / EVALUATION_FILE, evaluation.table())
         return {f"eval/{name}": value for name, value in sums.means().items()} | evaluation.metrics()
 
     @torch.no_grad()
@@ -170,9 +179,9 @@ class _RewardModelTask:
         some = [self.comparisons[n] for n in reward_normalization.evenly(len(self.comparisons))]
         chosen_only = self.config.normalize_on == "chosen"
         scores = []
-        for batch, group in self._batches(some):
+        for scores_B, group in self._all_scored(some):
             counts = [not chosen_only or rank == min(c.ranks) for c in group for rank in c.ranks]
-            scores.append(self._scores(batch)[torch.tensor(counts, device=self.placement.device)])
+            scores.append(scores_B[torch.tensor(counts, device=self.placement.device)])
         reference = "best" if chosen_only else "all"
         return reward_normalization.fit(torch.cat(scores), f"{reference} responses of {len(some)} training comparisons")
 
@@ -180,16 +189,33 @@ class _RewardModelTask:
         """The scores of some responses, for whoever serves the model to compare with."""
         some = (self.eval_comparisons or self.comparisons)[:_CHECKED_COMPARISONS]
         items = []
-        for batch, group in self._batches(some):
+        for scores_B, group in self._all_scored(some):
             examples = [example for comparison in group for example in comparison.examples]
-            for example, score in zip(examples, self._scores(batch).tolist(), strict=True):
+            for example, score in zip(examples, scores_B.tolist(), strict=True):
                 items.append({"prompt": example.prompt_ids, "response": example.response_ids, "raw_score": score})
         dtype = str(self.placement.dtype).removeprefix("torch.")
-        write_json(self.directory / SCORES_FILE, {"dtype": dtype, "items": items})
+        if self.world.is_lead:
+            write_json(self.directory / SCORES_FILE, {"dtype": dtype, "items": items})
 
     def _scores(self, batch: PaddedBatch) -> Tensor:
         with self.placement.autocast():
-            return sequence_scores(self.model, batch.ids_BT, batch.lengths_B)
+            scores_B: Tensor = self.scope(lambda: sequence_scores(self.model, batch.ids_BT, batch.lengths_B))
+        return scores_B
+
+    def _all_scored(self, comparisons: list[_Encoded]) -> Iterator[tuple[Tensor, list[_Encoded]]]:
+        """Scores of all responses, some comparisons at a time, in their order; each rank computes its share."""
+        starts = list(accumulate((len(c.examples) for c in comparisons), initial=0))
+        scores_R = torch.zeros(starts[-1], device=self.placement.device)
+        for one in self._passes(comparisons):
+            batch, group = self._batch([comparisons[n] for n in one.items])
+            scores_B = self._scores(batch)
+            if one.counts:
+                rows = [row for n in one.items for row in range(starts[n], starts[n + 1])]
+                scores_R[torch.tensor(rows, device=scores_R.device)] = scores_B
+        self.world.sum(scores_R)
+        for first in range(0, len(comparisons), _COMPARISONS_AT_ONCE):
+            group = comparisons[first : first + _COMPARISONS_AT_ONCE]
+            yield scores_R[starts[first] : starts[first + len(group)]], group
 
     def _loss(
         self, scores_B: Tensor, group: list[_Encoded], *, denominator: int, smoothed: bool
@@ -215,24 +241,27 @@ class _RewardModelTask:
     def _shares(self, group: list[_Encoded]) -> Tensor:
         return torch.tensor([1 / len(c.ranks) for c in group for _ in c.ranks], device=self.placement.device)
 
-    def _batches(self, comparisons: list[_Encoded]) -> Iterator[tuple[PaddedBatch, list[_Encoded]]]:
-        """Micro-batches of whole comparisons: the responses of one are always scored together."""
-        lengths = [max(example.num_tokens for example in c.examples) for c in comparisons]
-        rows = [len(c.examples) for c in comparisons]
-        worth = worthwhile_padding(self.placement.device)
-        for numbers in micro_batches(
-            lengths, token_budget=self.config.micro_batch_tokens, rows=rows, max_padding=worth
-        ):
-            group = [comparisons[n] for n in numbers]
-            examples = [example for c in group for example in c.examples]
-            batch = pad([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id=self.pad_id)
-            yield batch.to(self.placement.device), group
+    def _passes(self, comparisons: list[_Encoded]) -> list[Pass]:
+        """This rank's micro-batches of whole comparisons: the responses of one are always scored together."""
+        return passes(
+            [max(example.num_tokens for example in c.examples) for c in comparisons],
+            token_budget=self.config.micro_batch_tokens,
+            rows=[len(c.examples) for c in comparisons],
+            max_padding=worthwhile_padding(self.placement.device),
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+        )
+
+    def _batch(self, group: list[_Encoded]) -> tuple[PaddedBatch, list[_Encoded]]:
+        examples = [example for c in group for example in c.examples]
+        batch = pad([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id=self.pad_id)
+        return batch.to(self.placement.device), group
 
 
-def _add(sums: MetricSums, output: LossOutput, pairs: RankedPairs) -> None:
-    sums.add({"loss": output.sums["loss"]}, count=output.count)
-    decided = (pairs.weight_P * ~pairs.tie_P).sum()
-    sums.add({name: output.sums[name] for name in ("accuracy", "reward_gap")}, count=decided)
+def _add(sums: MetricSums, output: LossOutput, pairs: RankedPairs, *, share: float = 1.0) -> None:
+    sums.add({"loss": output.sums["loss"] * share}, count=output.count * share)
+    decided = (pairs.weight_P * ~pairs.tie_P).sum() * share
+    sums.add({name: output.sums[name] * share for name in ("accuracy", "reward_gap")}, count=decided)
 
 
 def _judged(scores_B: Tensor, pairs: RankedPairs, group: list[_Encoded]) -> list[JudgedPair]:

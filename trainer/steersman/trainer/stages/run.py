@@ -20,6 +20,8 @@ from typing import Any, Final, Protocol, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
+from steersman.trainer.distributed.world import SOLO, World
+
 METRICS_FILE: Final = "metrics.jsonl"
 SAMPLES_FILE: Final = "samples.jsonl"
 
@@ -35,7 +37,10 @@ class RunListener(Protocol):
 
 
 class Run:
-    """Where a stage writes, and how it learns that it should stop. Not thread-safe: one owner."""
+    """Where a stage writes, how it learns that it should stop, and with whom it trains. Not thread-safe: one owner.
+
+    On several ranks each has one; only the lead's writes and tells.
+    """
 
     def __init__(
         self,
@@ -44,21 +49,26 @@ class Run:
         run_id: str,
         listener: RunListener | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        world: World = SOLO,
     ) -> None:
         self.directory = directory
         self.run_id = run_id
+        self.world = world
         self._listener = listener
         self._stop_requested = stop_requested
         directory.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._tensorboard = self._event_files()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the numbers of a finished step under the field's names."""
+        if not self.world.is_lead:
+            return
         row = {"step": step, "time": time.time()} | {name: float(value) for name, value in metrics.items()}
         self._append(METRICS_FILE, [row])
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._tensorboard.flush()  # type: ignore[no-untyped-call]
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._tensorboard.flush()  # type: ignore[no-untyped-call]
         if self._listener is not None:
             self._listener.on_metrics(step, metrics)
 
@@ -69,7 +79,8 @@ class Run:
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Records samples; each row should carry its `step`."""
-        self._append(SAMPLES_FILE, rows)
+        if self.world.is_lead:
+            self._append(SAMPLES_FILE, rows)
 
     def stop_requested(self) -> bool:
         """True once the job was cancelled: write a checkpoint and return."""
@@ -77,6 +88,8 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drops recorded rows of steps after `step`, and a last row that was cut off in writing."""
+        if not self.world.is_lead:
+            return
         for name in (METRICS_FILE, SAMPLES_FILE):
             path = self.directory / name
             if path.exists():
@@ -84,13 +97,13 @@ class Run:
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
                 partial.replace(path)
-        self._tensorboard.close()  # type: ignore[no-untyped-call]
-        folder = str(self.directory / "tensorboard")
-        self._tensorboard = SummaryWriter(folder, purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self.close()
+        self._tensorboard = self._event_files(purge_step=step + 1)
 
     def close(self) -> None:
         """Flushes the event files."""
-        self._tensorboard.close()  # type: ignore[no-untyped-call]
+        if self._tensorboard is not None:
+            self._tensorboard.close()  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +112,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _event_files(self, **settings: int) -> SummaryWriter | None:
+        if not self.world.is_lead:
+            return None
+        return SummaryWriter(str(self.directory / "tensorboard"), **settings)  # type: ignore[no-untyped-call]
 
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         with (self.directory / name).open("a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, most_like
 from steersman.trainer.algorithm.losses import token_nll_loss
 from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.models import hidden_states, lm_head, load_actor
-from steersman.trainer.data.batches import PaddedBatch, micro_batches, pad, worthwhile_padding
+from steersman.trainer.data.batches import PaddedBatch, pad, passes, worthwhile_padding
 from steersman.trainer.data.encode import Example
 from steersman.trainer.data.load import load_demonstrations
+from steersman.trainer.distributed.totals import total
+from steersman.trainer.distributed.world import Scope, World
 from steersman.trainer.stages.placement import Placement, place
 from steersman.trainer.stages.run import Run
 from steersman.trainer.stages.sft_config import SftConfig
@@ -39,11 +42,13 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
         0, config.max_steps or 0, f"{report.num_records} demonstrations, {report.num_bad_rows} bad rows left out"
     )
 
-    placement = place(config.device, config.dtype)
-    model = placement.move(load_actor(config.model, seed=config.seed, tokenizer=tokenizer))
+    placement = place(run.world.device(config.device), config.dtype)
+    model = load_actor(config.model, seed=config.seed, tokenizer=tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     task = _SftTask(
         model=model,
+        world=run.world,
+        scope=placement.settle(model, run.world),
         placement=placement,
         examples=encoder.demonstrations([records[n] for n in train_numbers]),
         eval_examples=encoder.demonstrations(eval_records),
@@ -57,6 +62,8 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
 @dataclass(frozen=True, kw_only=True)
 class _SftTask:
     model: PreTrainedModel
+    world: World
+    scope: Scope[Any]
     placement: Placement
     examples: list[Example]
     eval_examples: list[Example]
@@ -72,25 +79,24 @@ class _SftTask:
         examples = [self.examples[n] for n in records]
         denominator = max(1, sum(self._num_counted(example) for example in examples))
         sums = MetricSums()
-        for batch in self._batches(examples):
-            hidden_ND, targets_N = self._counted(batch)
-            logprobs_N = logprobs_from_hidden(hidden_ND, lm_head(self.model).weight, targets_N).logprobs
-            output = token_nll_loss(logprobs_N, torch.ones_like(targets_N, dtype=torch.bool), denominator=denominator)
-            output.loss.backward()  # type: ignore[no-untyped-call]
-            sums.add({"loss": output.sums["nll"]}, count=output.count)
-            sums.add({"num_tokens": batch.lengths_B.sum()}, count=1)
+        for batch, share in self._batches(examples):
+            logprobs_N = self.scope(partial(self._logprobs, batch))
+            output = token_nll_loss(logprobs_N, torch.ones_like(logprobs_N, dtype=torch.bool), denominator=denominator)
+            (output.loss * share).backward()  # type: ignore[no-untyped-call]
+            sums.add({"loss": output.sums["nll"] * share}, count=output.count * share)
+            sums.add({"num_tokens": batch.lengths_B.sum() * share}, count=share)
         return sums
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
+        if not self.eval_examples:
+            return {}
         sums = MetricSums()
-        for batch in self._batches(self.eval_examples):
-            hidden_ND, targets_N = self._counted(batch)
-            head = lm_head(self.model).weight
-            nll = -logprobs_from_hidden(hidden_ND, head, targets_N).logprobs.sum()
-            correct = (most_likely_tokens(hidden_ND, head) == targets_N).sum()
-            sums.add({"eval/loss": nll, "eval/accuracy": correct}, count=len(targets_N))
-        return sums.means()
+        for batch, share in self._batches(self.eval_examples):
+            logprobs_N, correct_N = self.scope(partial(self._judged, batch))
+            correct, count = correct_N.sum() * share, len(correct_N) * share
+            sums.add({"eval/loss": -logprobs_N.sum() * share, "eval/accuracy": correct}, count=count)
+        return total(self.world, sums).means()
 
     def finish(self) -> dict[str, float]:
         return {}
@@ -98,13 +104,29 @@ class _SftTask:
     def files(self) -> dict[str, Any]:
         return {}
 
-    def _batches(self, examples: list[Example]) -> Iterator[PaddedBatch]:
-        lengths = [example.num_tokens for example in examples]
-        worth = worthwhile_padding(self.placement.device)
-        for group in micro_batches(lengths, token_budget=self.micro_batch_tokens, max_padding=worth):
-            chosen = [examples[n] for n in group]
+    def _batches(self, examples: list[Example]) -> Iterator[tuple[PaddedBatch, float]]:
+        """This rank's micro-batches, and 1; or 0 where one does not count."""
+        for one in passes(
+            [example.num_tokens for example in examples],
+            token_budget=self.micro_batch_tokens,
+            max_padding=worthwhile_padding(self.placement.device),
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+        ):
+            chosen = [examples[n] for n in one.items]
             batch = pad([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id=self.pad_id)
-            yield batch.to(self.placement.device)
+            yield batch.to(self.placement.device), float(one.counts)
+
+    def _logprobs(self, batch: PaddedBatch) -> Tensor:
+        hidden_ND, targets_N = self._counted(batch)
+        return logprobs_from_hidden(hidden_ND, lm_head(self.model).weight, targets_N).logprobs
+
+    def _judged(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+        """Log-probs ``[N]`` of the counted tokens, and whether they are the most likely ones."""
+        hidden_ND, targets_N = self._counted(batch)
+        head = lm_head(self.model).weight
+        logprobs_N = logprobs_from_hidden(hidden_ND, head, targets_N).logprobs
+        return logprobs_N, most_likely_tokens(hidden_ND, head) == targets_N
 
     def _counted(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         """Hidden states ``[N, D]`` that predict the counted tokens, and these ``[N]``: the head sees no others."""

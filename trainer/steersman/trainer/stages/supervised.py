@@ -6,6 +6,8 @@ Invariants:
   stopped.
 - A checkpoint of step ``n`` holds what is after ``n`` updates, and ``metrics.jsonl`` then has no row beyond ``n``.
 - The final model appears at ``<run>/model`` whole, or not at all.
+- On several ranks each runs this loop with the same data in the same order, and computes its share of every batch;
+  they decide together when to stop. Only the lead writes, but for its shards every rank writes its own.
 """
 
 import logging
@@ -21,18 +23,19 @@ from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.atomic import CheckpointError, verify
 from steersman.trainer.checkpoint.models import (
     load_tokenizer,
-    load_weights,
     require_savable,
     save_model,
-    write_model,
 )
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
-from steersman.trainer.checkpoint.store import CheckpointStore
+from steersman.trainer.checkpoint.store import Checkpoint, CheckpointStore
 from steersman.trainer.data.encode import Encoder
 from steersman.trainer.data.order import EpochOrder
+from steersman.trainer.distributed.totals import total
+from steersman.trainer.distributed.world import World
 from steersman.trainer.stages.optim import apply_update, build_optimizer
 from steersman.trainer.stages.run import METRICS_FILE, Run
 from steersman.trainer.stages.supervised_config import SupervisedConfig
+from steersman.trainer.stages.trained import Trained
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ def train(
     *,
     facts: Mapping[str, float],
 ) -> StageResult:
-    """Trains ``model`` (already on its device) to the end, or until the run is asked to stop.
+    """Trains ``model`` (already on its device or sharded) to the end, or until the run is asked to stop.
 
     ``facts`` are numbers about the data that go into the last row. A run that had already ended is left as it is.
     """
@@ -111,30 +114,28 @@ def train(
     total_steps = config.total_steps(task.num_records)
     order = EpochOrder(task.num_records, batch_size=config.batch_size, seed=config.seed)
     optimizer = build_optimizer(config.optimizer, model)
-    store = CheckpointStore(run.directory / "checkpoints", keep=config.keep_checkpoints)
+    world = run.world
+    trained = Trained(world=world, models={"": model}, optimizers={"": optimizer})
     identity = {"num_records": task.num_records, "batch_size": config.batch_size, "seed": config.seed}
     ended = _ended(run.directory / "model", total_steps, identity)
-    if ended is not None:
-        return ended
-    start = _resume(store, model, optimizer, identity, run)
-
-    def save(step: int) -> None:
-        state = {"optimizer": optimizer.state_dict(), "random": random_state(), "identity": identity}
-        store.save(step, state=state, write_files=lambda directory: write_model(directory, model, tokenizer))
+    if world.any(ended is not None):
+        return ended or StageResult(num_steps=total_steps, total_steps=total_steps, stopped=False, model_directory=None)
+    checkpoints = _Checkpoints(config, trained, identity, tokenizer, run)
+    start = checkpoints.resume()
 
     window = _Window(MetricSums(), time.monotonic())
     last_row: dict[str, float] = {}
     for step in range(start, total_steps):
-        if run.stop_requested():
-            save(step)
+        if world.any(run.stop_requested()):
+            checkpoints.save(step)
             run.progress(step, total_steps, "stopped")
             return StageResult(num_steps=step, total_steps=total_steps, stopped=True, model_directory=None)
         window.sums.merge(task.accumulate(order.batch(step)))
-        update = apply_update(optimizer, config.optimizer, step=step, total_steps=total_steps)
+        update = apply_update(optimizer, config.optimizer, step=step, total_steps=total_steps, world=world)
         done = step + 1
         row: dict[str, float] = {}
         if done % config.log_every_steps == 0 or done == total_steps:
-            row |= window.close() | update | {"epoch": done / order.steps_per_epoch}
+            row |= window.close(world) | update | {"epoch": done / order.steps_per_epoch}
             window = _Window(MetricSums(), time.monotonic())
         if done == total_steps:
             last_row = row  # waits for the final evaluation: a step has one row
@@ -145,14 +146,16 @@ def train(
             run.log(done, row)
         run.progress(done, total_steps, _progress(row))
         if config.save_every_steps and done % config.save_every_steps == 0:
-            save(done)
+            checkpoints.save(done)
 
     run.progress(total_steps, total_steps, "evaluating")
     final = task.evaluate() | task.finish() | dict(facts)
     run.log(total_steps, last_row | final)
     directory = run.directory / "model"
     metadata = identity | {"step": total_steps, "metrics": _finite(final)}
-    save_model(directory, model, tokenizer, metadata=metadata, files=task.files())
+    whole = trained.whole("")
+    if whole is not None:
+        save_model(directory, whole, tokenizer, metadata=metadata, files=task.files())
     run.progress(total_steps, total_steps, "done")
     return StageResult(
         num_steps=total_steps,
@@ -170,32 +173,67 @@ class _Window:
     sums: MetricSums
     since: float
 
-    def close(self) -> dict[str, float]:
+    def close(self, world: World) -> dict[str, float]:
+        """A collective."""
         seconds = time.monotonic() - self.since
-        means = self.sums.means()
+        sums = total(world, self.sums)
+        means = sums.means()
         means.pop("num_tokens")
-        num_tokens = float(self.sums.totals["num_tokens"])
+        num_tokens = float(sums.totals["num_tokens"])
         return means | {"time/tokens_per_s": num_tokens / max(seconds, 1e-9), "time/s": seconds}
 
 
-def _resume(store: CheckpointStore, model: PreTrainedModel, optimizer: Any, identity: dict[str, int], run: Run) -> int:
-    checkpoint = store.latest()
-    if checkpoint is None:
-        if (run.directory / METRICS_FILE).exists():
-            run.rewind(0)
-        return 0
-    state = checkpoint.state()
-    if state.get("identity") != identity:
-        raise CheckpointError(
-            f"{checkpoint.directory} was made with {state.get('identity')}, but the run now has {identity}: "
-            "the order of the data would differ; use another run folder"
-        )
-    load_weights(model, checkpoint.directory)
-    optimizer.load_state_dict(state["optimizer"])
-    restore_random_state(state["random"])
-    run.rewind(checkpoint.step)
-    _log.info("going on from step %d", checkpoint.step)
-    return checkpoint.step
+class _Checkpoints:
+    """The checkpoints of a run. All calls are collectives."""
+
+    def __init__(
+        self,
+        config: SupervisedConfig,
+        trained: Trained,
+        identity: dict[str, int],
+        tokenizer: PreTrainedTokenizerBase,
+        run: Run,
+    ) -> None:
+        self._trained = trained
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._run = run
+        self._root = run.directory / "checkpoints"
+        self._store = CheckpointStore(self._root, keep=config.keep_checkpoints) if run.world.is_lead else None
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint of `step`."""
+        if self._store is None:
+            self._trained.write(Path(self._run.world.from_lead(None).decode()))
+            return
+        state = {"optimizer": self._trained.state_dict()[""], "random": random_state(), "identity": self._identity}
+        self._store.save(step, state=state, write_files=self._write)
+
+    def resume(self) -> int:
+        """Goes on from the last checkpoint; gives its step, 0 if there is none."""
+        found = self._store.latest() if self._store is not None else None
+        directory = self._run.world.from_lead(str(found.directory).encode() if found is not None else b"").decode()
+        if not directory:
+            if (self._run.directory / METRICS_FILE).exists():
+                self._run.rewind(0)
+            return 0
+        checkpoint = Checkpoint.at(Path(directory))
+        state = checkpoint.state()
+        if state.get("identity") != self._identity:
+            raise CheckpointError(
+                f"{checkpoint.directory} was made with {state.get('identity')}, but the run now has {self._identity}: "
+                "the order of the data would differ; use another run folder"
+            )
+        self._trained.read(checkpoint.directory, {"": state["optimizer"]})
+        restore_random_state(state["random"])
+        self._run.rewind(checkpoint.step)
+        _log.info("going on from step %d", checkpoint.step)
+        return checkpoint.step
+
+    def _write(self, directory: Path) -> None:
+        self._run.world.from_lead(str(directory).encode())
+        self._trained.write(directory)
+        self._tokenizer.save_pretrained(directory)
 
 
 def _ended(directory: Path, total_steps: int, identity: dict[str, int]) -> StageResult | None:
