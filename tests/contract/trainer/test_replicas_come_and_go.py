@@ -22,6 +22,7 @@ from steersman.trainer.stages import ppo_services
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_services import GrpcServices
 from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.ports import WeightsRefused
 from steersman.wire.identity import WeightVersion
 
 RUN = "demo.1"
@@ -48,7 +49,7 @@ class Fleet:
         """The run's side; without `policies` the test tells what discovery finds, by `show`."""
         if policies is None:
             self.discovery = Told()
-            self.patch.setattr(ppo_services, "discover", lambda _: self.discovery)
+            self.patch.setattr(ppo_services, "discover", lambda _, default_port: self.discovery)
         config = PpoConfig.model_validate(
             {
                 "actor": {"path": "none"},
@@ -265,6 +266,51 @@ async def test_a_new_replica_whose_model_does_not_suit_the_job_ends_the_run_with
     assert short.policy.num_prompts == 0
 
 
+async def test_a_replica_that_refuses_for_good_is_left_out_while_others_go_on(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    services = await fleet.services()
+    good, short = await fleet.replica(), await fleet.replica(max_sequence_tokens=20)
+    stranger = await fleet.replica()
+    stranger.weights.manifest.CopyFrom(manifest({"weight": ((8, 8), "FLOAT32")}))
+    for replica in (good, short, stranger):
+        replica.policy.flowing.set()
+    await fleet.show(good)
+    await asyncio.wrap_future(services.check())
+    # Of its own accord a stranger shows in a publication, one with too little room at its first prompt.
+    assert fleet.discovery is not None
+    fleet.discovery.news.put_nowait((good.target, stranger.target))
+    await fleet.followed(good.target, stranger.target)
+    report = await asyncio.wrap_future(services.publish(image(1)))
+    assert "serves another model" in report.failures[stranger.target]
+    await fleet.followed(good.target)
+    fleet.discovery.news.put_nowait((good.target, short.target, stranger.target))
+    require_whole(await collected(services, 6, 1), fleet, 6)
+    await fleet.followed(good.target)
+    report = await asyncio.wrap_future(services.publish(image(2)))
+    assert sorted(report.failures) == sorted([short.target, stranger.target])
+    assert (short.policy.num_prompts, stranger.policy.num_prompts) == (0, 0)
+    assert f"policy at {stranger.target} is left out, 1 of 2 go on" in caplog.text
+    # Another pod under its address is looked at anew.
+    await stranger.vanish()
+    fleet.discovery.news.put_nowait((good.target,))
+    await fleet.followed(good.target)
+    stranger.weights.manifest.CopyFrom(good.weights.manifest)
+    await stranger.start()
+    await fleet.show(good, stranger)
+    assert (await asyncio.wrap_future(services.publish(image(3)))).failures == {}
+    require_whole(await collected(services, 6, 3), fleet, 6)
+
+
+async def test_a_quorum_is_not_left_out_of(fleet: Fleet) -> None:
+    services = await fleet.services(activation="all_or_nothing", activation_quorum=1.0)
+    good, stranger = await fleet.replica(), await fleet.replica()
+    stranger.weights.manifest.CopyFrom(manifest({"weight": ((8, 8), "FLOAT32")}))
+    await fleet.show(good, stranger)
+    with pytest.raises(WeightsRefused, match="serves another model"):
+        await asyncio.wrap_future(services.publish(image(1)))
+
+
 async def test_a_service_in_kubernetes_is_scaled_up_and_down(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -293,6 +339,60 @@ async def test_a_service_in_kubernetes_is_scaled_up_and_down(
         await published(services, 2)
         require_whole(await collected(services, 6, 2), fleet, 6)
         assert (first.policy.num_prompts, second.policy.num_prompts) == (6, 6)
+
+
+async def test_reference_and_reward_are_scaled_too(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each has another endpoint for each batch; what is new gets calls, what is gone gets none."""
+    replica = await fleet.replica()
+    replica.policy.flowing.set()
+
+    def pod(service: str, name: str, address: str) -> dict[str, Any]:
+        ports = [("grpc", int(address.rpartition(":")[2]))]
+        return endpoint_slice(name, [endpoint("127.0.0.1")], ports=ports, service=service)
+
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    with ApiServer() as server:
+        (tmp_path / "config").write_text(json.dumps(server.kubeconfig()), encoding="utf-8")
+        services = await fleet.services([replica.target], reference="k8s:///reference", reward="k8s:///reward")
+        checking = asyncio.wrap_future(services.check())
+        async with asyncio.timeout(30):
+            while "waiting for reference at k8s:///reference" not in services.waiting():
+                await asyncio.sleep(0.005)
+        server.put(pod("reference", "first-reference", fleet.address))
+        server.put(pod("reward", "first-reward", fleet.address))
+        await checking
+        await published(services, 1)
+        require_whole(await collected(services, 4, 1), fleet, 4)
+        others = FakeJudges()
+        other_server, other_address = await others.start()
+        try:
+            batch = collected(services, 4, 1)
+            for service in ("reference", "reward"):
+                server.put(pod(service, f"second-{service}", other_address))
+                server.delete(f"first-{service}")
+            await batch
+            num_scored = fleet.judges.scored.total()
+            async with asyncio.timeout(30):
+                while not others.scored:  # once the run has taken it in
+                    num_scored = fleet.judges.scored.total()
+                    await collected(services, 1, 1)
+            await collected(services, 4, 1)
+            assert fleet.judges.scored.total() == num_scored
+            server.delete("second-reward")
+            async with asyncio.timeout(30):
+                while services._reward._now is not None:
+                    await asyncio.sleep(0.005)
+            batch = collected(services, 2, 1)
+            async with asyncio.timeout(30):
+                while "waiting for reward at k8s:///reward" not in services.waiting():
+                    await asyncio.sleep(0.005)
+            server.put(pod("reward", "first-reward", fleet.address))
+            assert len((await batch).rollouts) == 4
+        finally:
+            await other_server.stop(None)
 
 
 async def test_a_run_that_finds_no_cluster_says_so(

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 PATH = "/apis/discovery.k8s.io/v1/namespaces/rl/endpointslices"
+LABEL = "kubernetes.io/service-name"
 REASONS = {401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 429: "TooManyRequests", 503: "ServiceUnavailable"}
 END, BREAK = "end", "break"
 
@@ -29,6 +30,12 @@ def status_object(code: int, reason: str, message: str) -> dict[str, Any]:
         "reason": reason,
         "code": code,
     }
+
+
+def _service_of(one: dict[str, Any]) -> str | None:
+    """Whose slice it is; None for a bookmark."""
+    service: str | None = one["metadata"].get("labels", {}).get(LABEL)
+    return service
 
 
 @dataclass
@@ -175,20 +182,21 @@ class ApiServer:
                 url = urlsplit(self.path)
                 asked = {key: values[0] for key, values in parse_qs(url.query).items()}
                 assert url.path == PATH, url.path
-                assert asked["labelSelector"] == "kubernetes.io/service-name=policy"
+                label, _, service = asked["labelSelector"].partition("=")
+                assert label == LABEL
                 if self.headers["Authorization"] != f"Bearer {server.expected_token}":
                     self._refuse(Refusal(401, "Unauthorized"))
                 elif asked.get("watch", "").lower() == "true":
                     assert asked["allowWatchBookmarks"].lower() == "true"
                     assert int(asked["timeoutSeconds"]) > 0
-                    self._watch(asked["resourceVersion"])
+                    self._watch(asked["resourceVersion"], service)
                 else:
-                    self._list()
+                    self._list(service)
 
-            def _list(self) -> None:
+            def _list(self, service: str) -> None:
                 with server._lock:
                     refusal = server._begin("list", "")
-                    items = list(server._objects.values())
+                    items = [one for one in server._objects.values() if _service_of(one) == service]
                     version = str(server._version)
                 if refusal is not None:
                     self._refuse(refusal)
@@ -196,12 +204,13 @@ class ApiServer:
                 document = {"kind": "EndpointSliceList", "metadata": {"resourceVersion": version}, "items": items}
                 self._whole(200, {}, json.dumps(document).encode())
 
-            def _watch(self, version: str) -> None:
+            def _watch(self, version: str, service: str) -> None:
                 coming: queue.Queue[Any] = queue.Queue()
                 with server._lock:
                     refusal = server._begin("watch", version)
                     gone = int(version) < server._oldest
-                    missed = [event for at, event in server._history if at > int(version)]
+                    happened = [event for at, event in server._history if at > int(version)]
+                    missed = [event for event in happened if _service_of(event["object"]) == service]
                     if refusal is None and not gone:
                         server._watchers.append(coming)
                 if refusal is not None:
@@ -219,6 +228,8 @@ class ApiServer:
                 for event in missed:
                     self._chunk(json.dumps(event).encode() + b"\n")
                 while (item := coming.get()) not in (END, BREAK):
+                    if isinstance(item, dict) and _service_of(item["object"]) not in (service, None):
+                        continue
                     line = item if isinstance(item, bytes) else json.dumps(item).encode() + b"\n"
                     # In two pieces: events do not come in whole reads.
                     self._chunk(line[: len(line) // 2])

@@ -20,9 +20,10 @@ def endpoint_slice(
     *,
     ports: Sequence[tuple[str, int]] = (("grpc", 50051),),
     family: str = "IPv4",
+    service: str = "policy",
 ) -> dict[str, Any]:
     return {
-        "metadata": {"name": name, "namespace": "rl", "labels": {"kubernetes.io/service-name": "policy"}},
+        "metadata": {"name": name, "namespace": "rl", "labels": {"kubernetes.io/service-name": service}},
         "addressType": family,
         "endpoints": list(endpoints),
         "ports": [{"name": port, "port": number, "protocol": "TCP"} for port, number in ports],

@@ -7,7 +7,7 @@ from contextlib import aclosing
 import pytest
 
 from steersman.trainer.discovery.dns import DnsDiscovery
-from steersman.trainer.discovery.endpoint_slices import EndpointSliceDiscovery
+from steersman.trainer.discovery.fallback import WithFallback
 from steersman.trainer.discovery.ports import DiscoveryRefused, Targets
 from steersman.trainer.discovery.static import StaticDiscovery
 from steersman.trainer.discovery.union import UnionDiscovery, discover
@@ -34,18 +34,18 @@ class Told:
 
 
 async def test_a_list_is_told_once_and_ends() -> None:
-    one = discover(["b:1", "a:1", "b:1"])
+    one = discover(["b:1", "a:1", "b:1"], default_port=1)
     assert isinstance(one, StaticDiscovery)
     assert [targets async for targets in one.targets()] == [("b:1", "a:1")]
     assert (one.name, one.problem) == ("b:1, a:1", "")
 
 
 def test_the_kind_of_an_address_is_the_kind_of_its_source() -> None:
-    assert isinstance(discover(["dns:///policy:1"]), DnsDiscovery)
-    assert isinstance(discover(["k8s:///policy"]), EndpointSliceDiscovery)
-    assert discover(["a:1", "k8s:///policy", "b:1"]).name == "a:1, b:1, k8s:///policy"
+    assert isinstance(discover(["dns:///policy:1"], default_port=1), DnsDiscovery)
+    assert isinstance(discover(["k8s:///policy"], default_port=1), WithFallback)
+    assert discover(["a:1", "k8s:///policy", "b:1"], default_port=1).name == "a:1, b:1, k8s:///policy"
     with pytest.raises(ValueError, match="allowed: host:port"):
-        discover(["policy"])
+        discover(["policy"], default_port=1)
 
 
 async def test_what_one_knows_is_told_at_once_and_joined_with_the_others() -> None:

@@ -81,7 +81,7 @@ class DnsDiscovery:
     async def _look(self) -> Sequence[str] | None:
         """The addresses now; None if nobody can say."""
         if self._lookup is None:
-            self._lookup = _in_thread(self._resolve, self._address.name, self._address.port)
+            self._lookup = look_up(self._resolve, self._address.name, self._address.port)
         try:
             done, _ = await asyncio.wait({self._lookup}, timeout=self._deadline_seconds)
             if not done:
@@ -104,8 +104,10 @@ class DnsDiscovery:
         self.problem = f"{self.name} does not resolve: {why}"
 
 
-def _in_thread(resolve: Resolve, name: str, port: int) -> "asyncio.Future[Sequence[str]]":
-    """A daemon thread: a lookup that hangs must hold up neither an executor nor the end of the process."""
+def look_up(resolve: Resolve, name: str, port: int) -> "asyncio.Future[Sequence[str]]":
+    """The addresses of a name, or the OSError. In a daemon thread: a lookup that hangs must hold up neither an executor
+    nor the end of the process.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Sequence[str]] = loop.create_future()
 

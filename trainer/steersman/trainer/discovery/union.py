@@ -8,25 +8,29 @@ from typing import Any
 from steersman.trainer.discovery.address import Address, DnsAddress, ServiceAddress, StaticAddress, parse_address
 from steersman.trainer.discovery.dns import DnsDiscovery
 from steersman.trainer.discovery.endpoint_slices import EndpointSliceDiscovery
+from steersman.trainer.discovery.fallback import WithFallback, dns_of
 from steersman.trainer.discovery.ports import Discovery, Targets
 from steersman.trainer.discovery.static import StaticDiscovery
 
 
-def discover(addresses: Sequence[str]) -> Discovery:
-    """The source of all replicas at `addresses`. ValueError as `parse_address`."""
+def discover(addresses: Sequence[str], *, default_port: int) -> Discovery:
+    """The source of all replicas at `addresses`. ValueError as `parse_address`.
+
+    default_port: where they listen if only the name of a Service is known, and not its ports.
+    """
     parsed = list(dict.fromkeys(parse_address(address) for address in addresses))
     static = [address.target for address in parsed if isinstance(address, StaticAddress)]
     sources: list[Discovery] = [StaticDiscovery(static)] if static else []
-    sources += [_source(address) for address in parsed if not isinstance(address, StaticAddress)]
+    sources += [_source(address, default_port) for address in parsed if not isinstance(address, StaticAddress)]
     return sources[0] if len(sources) == 1 else UnionDiscovery(sources)
 
 
-def _source(address: Address) -> Discovery:
+def _source(address: Address, default_port: int) -> Discovery:
     match address:
         case DnsAddress():
             return DnsDiscovery(address)
         case ServiceAddress():
-            return EndpointSliceDiscovery(address)
+            return WithFallback(EndpointSliceDiscovery(address), dns_of(address, default_port))
         case StaticAddress():
             return StaticDiscovery([address.target])
 

@@ -51,11 +51,11 @@ class ServiceSettings(_Settings):
         "name or number that the pods listen on). Names and Services are followed while the job runs.",
     )
     reference: str = Field(
-        default="127.0.0.1:50052", description="host:port, several as a:1,b:2, or dns:///NAME:PORT, balanced by call."
+        default="127.0.0.1:50052",
+        description="host:port, several as a:1,b:2, dns:///NAME:PORT or k8s:///[NAMESPACE/]SERVICE[:PORT]; balanced by "
+        "call. Services are followed while the job runs; names are looked up again when a connection ends.",
     )
-    reward: str = Field(
-        default="127.0.0.1:50053", description="host:port, several as a:1,b:2, or dns:///NAME:PORT, balanced by call."
-    )
+    reward: str = Field(default="127.0.0.1:50053", description="As reference.")
     scorer: str = Field(default="", description="Name of the scorer; empty is the reward server's default.")
     reward_input: Literal["tokens", "text"] = Field(
         default="tokens", description="tokens if the reward model shares the policy's tokenizer, else text."
@@ -128,11 +128,9 @@ class ServiceSettings(_Settings):
 
     @field_validator("reference", "reward")
     @classmethod
-    def _balanced_by_grpc(cls, target: str) -> str:
+    def _means_a_service(cls, target: str) -> str:
         if target.startswith("k8s:"):
-            raise ValueError(
-                f"target is {target!r}, which only policies may be; for a headless Service use dns:///SERVICE:PORT"
-            )
+            parse_address(target)
         return target
 
 

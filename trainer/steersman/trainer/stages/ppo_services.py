@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,14 +26,16 @@ from steersman.client import (
 from steersman.trainer.discovery.ports import Discovery
 from steersman.trainer.discovery.union import discover
 from steersman.trainer.retry import Backoff, Waits, retry
-from steersman.trainer.rollout.adapters import GrpcPolicy, GrpcReference, GrpcReward
+from steersman.trainer.rollout.adapters import GrpcPolicy, GrpcReward
 from steersman.trainer.rollout.collector import Collector, CollectorSettings
 from steersman.trainer.rollout.types import Prompt, RolloutBatch, SamplingSettings
 from steersman.trainer.stages.credentials import read_credentials
 from steersman.trainer.stages.ppo_config import PpoConfig, ServiceSettings
 from steersman.trainer.stages.ppo_replicas import PolicyReplicas
+from steersman.trainer.stages.ppo_scorers import FollowedClient, FollowedReference, FollowedReward
 from steersman.trainer.weights.encode import PushEncoding
 from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.ports import LeaveOut
 from steersman.trainer.weights.publication import QuorumNotStaged
 from steersman.trainer.weights.publisher import Publisher
 from steersman.trainer.weights.relay import RelayDelivery, RelaySettings
@@ -44,6 +46,11 @@ from steersman.wire.errors import SteersmanError
 from steersman.wire.identity import ModelInfo
 
 T = TypeVar("T")
+
+# Where the services listen unless told otherwise; DNS names hosts, not ports.
+_POLICY_PORT: Final = 50051
+_REFERENCE_PORT: Final = 50052
+_REWARD_PORT: Final = 50053
 
 
 class Services(Protocol):
@@ -116,7 +123,7 @@ class GrpcServices:
         self._once = replace(self._channel, retry_attempts=1)
         self._thread = LoopThread()
         self._stack = AsyncExitStack()
-        self._discovery: Discovery = discover(settings.policies)
+        self._discovery: Discovery = discover(settings.policies, default_port=_POLICY_PORT)
         self._publisher: Publisher
         self._replicas: PolicyReplicas
         self._collector: Collector
@@ -168,28 +175,48 @@ class GrpcServices:
 
     async def _open(self) -> None:
         config, settings = self._config, self._config.services
-        enter, secret, channel, once = self._stack.enter_async_context, self._credentials, self._channel, self._once
-        self._reference = await enter(AsyncReferenceClient(settings.reference, credentials=secret, settings=channel))
-        self._reward = await enter(AsyncRewardClient(settings.reward, credentials=secret, settings=channel))
-        self._publisher = Publisher(
-            lambda target: AsyncWeightClient(
-                target, credentials=secret, settings=once, timeout=_weight_call_seconds(settings)
-            ),
-            run_id=self._run_id,
+        secret, channel, once = self._credentials, self._channel, self._once
+        self._reference = FollowedClient(
+            settings.reference,
+            lambda target: AsyncReferenceClient(target, credentials=secret, settings=channel),
+            default_port=_REFERENCE_PORT,
+        )
+        self._stack.push_async_callback(self._reference.close)
+        self._reward = FollowedClient(
+            settings.reward,
+            lambda target: AsyncRewardClient(target, credentials=secret, settings=channel),
+            default_port=_REWARD_PORT,
+        )
+        self._stack.push_async_callback(self._reward.close)
+
+        def publish_to(leave_out: LeaveOut) -> Publisher:
+            return Publisher(
+                lambda target: AsyncWeightClient(
+                    target, credentials=secret, settings=once, timeout=_weight_call_seconds(settings)
+                ),
+                run_id=self._run_id,
+                backoff=self._backoff,
+                waits=self._waits,
+                settings=_publish_settings(settings),
+                delivery=RelayDelivery(
+                    RelaySettings(topology=Topology(settings.push_topology), fan_out=settings.push_fan_out)
+                ),
+                leave_out=leave_out,
+            )
+
+        self._replicas = PolicyReplicas(
+            self._discovery,
+            publish_to,
+            self._check_policy,
+            min_share=settings.activation_quorum if settings.activation == "all_or_nothing" else 0.0,
             backoff=self._backoff,
             waits=self._waits,
-            settings=_publish_settings(settings),
-            delivery=RelayDelivery(
-                RelaySettings(topology=Topology(settings.push_topology), fan_out=settings.push_fan_out)
-            ),
         )
-        self._replicas = PolicyReplicas(
-            self._discovery, self._publisher, self._check_policy, backoff=self._backoff, waits=self._waits
-        )
+        self._publisher = self._replicas.publisher
         self._collector = Collector(
             lambda target: GrpcPolicy(client=AsyncPolicyClient(target, credentials=secret, settings=once)),
             self._reward_port(),
-            GrpcReference(client=self._reference),
+            FollowedReference(followed=self._reference),
             self._replicas,
             settings=CollectorSettings(
                 sampling=SamplingSettings(
@@ -214,26 +241,31 @@ class GrpcServices:
         self._replicas.require_following()
         return await self._collector.collect(prompts, oldest_step=oldest_step, priority=priority)
 
-    def _reward_port(self) -> GrpcReward:
+    def _reward_port(self) -> FollowedReward:
         settings, tokenizer = self._config.services, self._tokenizer
-        overlength = Overlength.TRUNCATE_PROMPT if settings.truncate_prompt else Overlength.FAIL
-        if settings.reward_input == "tokens":
-            return GrpcReward(client=self._reward, scorer=settings.scorer, overlength=overlength)
-        if tokenizer is None:
+        if settings.reward_input == "text" and tokenizer is None:
             raise ValueError("services.reward_input is text, which needs a tokenizer")
-        return GrpcReward(
-            client=self._reward,
-            scorer=settings.scorer,
-            overlength=overlength,
-            decode_prompt=lambda ids: str(tokenizer.decode(ids.tolist())),
-            decode_response=lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
-        )
+
+        def port(client: AsyncRewardClient) -> GrpcReward:
+            overlength = Overlength.TRUNCATE_PROMPT if settings.truncate_prompt else Overlength.FAIL
+            if settings.reward_input == "tokens" or tokenizer is None:
+                return GrpcReward(client=client, scorer=settings.scorer, overlength=overlength)
+            return GrpcReward(
+                client=client,
+                scorer=settings.scorer,
+                overlength=overlength,
+                decode_prompt=lambda ids: str(tokenizer.decode(ids.tolist())),
+                decode_response=lambda ids: str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)),
+            )
+
+        return FollowedReward(followed=self._reward, port=port)
 
     async def _publish(self, image: WeightImage) -> PublishReport:
         """Waits for a quorum, where one is asked for, as for any service that is away. GaveUp at the end."""
 
         async def publish() -> PublishReport:
-            return await self._publisher.publish(image)
+            report = await self._publisher.publish(image)
+            return replace(report, failures=self._replicas.left_out | dict(report.failures))
 
         def is_short_of_replicas(error: SteersmanError) -> bool:
             return isinstance(error, QuorumNotStaged)
@@ -246,7 +278,12 @@ class GrpcServices:
 
     async def _check_reference(self) -> None:
         what = f"reference at {self._reference.target}"
-        model = await retry(lambda: _ask(self._reference), what=what, backoff=self._backoff, waits=self._waits)
+
+        async def ask() -> ModelInfo:
+            async with self._reference.lease() as client:
+                return await _ask(client)
+
+        model = await retry(ask, what=what, backoff=self._backoff, waits=self._waits)
         self._require_room(model, what)
 
     async def _check_policy(self, target: str) -> None:

@@ -20,6 +20,7 @@ from typing import Final
 
 from steersman.trainer.retry import Backoff, Sleep, Waits
 from steersman.trainer.weights.image import Image
+from steersman.trainer.weights.ports import LeaveOut, WeightsRefused
 from steersman.trainer.weights.replica import Replica, Staged
 from steersman.trainer.weights.rounds import Rounds
 from steersman.trainer.weights.settings import ActivationMode, PublishSettings
@@ -143,6 +144,13 @@ class Publication:
             try:
                 await self._try(part)
                 return
+            except WeightsRefused as error:
+                if not self._leave_out(replica.target, error):
+                    raise
+                self.failures[replica.target] = str(error)
+                self._parts.pop(replica.target, None)
+                self._rounds.excuse(replica.target)
+                return
             except SteersmanError as error:
                 part.staged = None
                 self._rounds.excuse(replica.target)
@@ -178,11 +186,7 @@ class Publication:
 
     def _part_ended(self, part: _Part, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            target = part.replica.target
-            _log.warning("weights %s did not reach %s: %s", self.image.version, target, error)
-            if isinstance(error, WeightsRefused) and self._leave_out(target, error):
-                self.failures[target] = str(error)
-                self.remove(target)
+            _log.warning("weights %s did not reach %s: %s", self.image.version, part.replica.target, error)
         self._changed.set()
 
     async def _look(self, commit: Callable[[], None], deadline: float) -> None:

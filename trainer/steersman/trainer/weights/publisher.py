@@ -23,6 +23,7 @@ from steersman.trainer.weights.delivery import Delivery, DirectDelivery
 from steersman.trainer.weights.encode import Tally
 from steersman.trainer.weights.history import DeltaHistory
 from steersman.trainer.weights.image import Image
+from steersman.trainer.weights.ports import Connect, LeaveOut
 from steersman.trainer.weights.publication import Publication
 from steersman.trainer.weights.replica import Progress, Replica
 from steersman.trainer.weights.report import PublishReport
