@@ -7,10 +7,11 @@ from typing import Any, Final
 
 import grpc
 
-from steersman.policy.engine.options import prepare_environment
+from steersman.policy.engine.options import EngineOptions, prepare_environment
 from steersman.policy.engine.port import EngineDeadError, GenerationEngine, GenerationRequest
 from steersman.policy.handler import GenerationHandler
 from steersman.policy.metrics import PolicyMetrics
+from steersman.policy.node import NodeService
 from steersman.policy.servicer import PolicyServicer
 from steersman.policy.settings import PolicySettings
 from steersman.policy.weights.checkpoint import Checkpoint
@@ -19,7 +20,7 @@ from steersman.policy.weights.service import WeightServicer, add_weight_servicer
 from steersman.policy.weights.store import WeightSource, WeightStore
 from steersman.serving.location import locate
 from steersman.serving.metrics import Metrics
-from steersman.serving.service import EngineDead
+from steersman.serving.service import EngineDead, Service
 from steersman.serving.vllm_environment import runs_on_cpu
 from steersman.v1 import policy_pb2, policy_pb2_grpc, weights_pb2
 from steersman.wire.errors import unavailable
@@ -97,14 +98,31 @@ async def warm_up(engine: GenerationEngine) -> None:
         raise unavailable(f"the engine loaded the model, but its first token took over {_WARM_UP_S:g} s") from error
 
 
-async def build(settings: PolicySettings, metrics: Metrics) -> PolicyService:
-    """Starts the engine and everything over it. Raises `ValueError` or `SteersmanError` saying what is
-    wrong.
+async def build(settings: PolicySettings, metrics: Metrics) -> Service:
+    """Starts the engine and everything over it, or the workers of a node that computes for another. Raises
+    `ValueError` or `SteersmanError` saying what is wrong.
     """
     on_cpu = runs_on_cpu()
     options = settings.engine_options(locate("model", settings.model, settings.revision), on_cpu=on_cpu)
-    checkpoint = Checkpoint(options.model)
     prepare_environment(options, on_cpu=on_cpu)
+    if options.nodes is not None and options.nodes.rank > 0:
+        return _build_node(options)
+    return await _build_replica(settings, options, metrics)
+
+
+def _build_node(options: EngineOptions) -> NodeService:
+    from steersman.policy.engine.node import start_node
+
+    try:
+        return NodeService(start_node(options))
+    except (RuntimeError, OSError) as error:
+        raise unavailable(
+            f"the workers of node {options.nodes and options.nodes.rank} did not start: {error}"
+        ) from error
+
+
+async def _build_replica(settings: PolicySettings, options: EngineOptions, metrics: Metrics) -> PolicyService:
+    checkpoint = Checkpoint(options.model)
     # Only now: vLLM and torch read the environment when they are imported.
     from steersman.policy.engine.vllm_engine import start_engine
 

@@ -1,10 +1,10 @@
 """Settings of the policy service."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from steersman.policy.engine.options import EngineOptions
+from steersman.policy.engine.options import EngineOptions, Nodes
 from steersman.policy.engine.port import KvCachePolicy
 from steersman.policy.weights.relay import RelayRules
 from steersman.serving.location import Location
@@ -39,7 +39,20 @@ class PolicySettings(ServerSettings):
         None, ge=1, description="Key-value cache in MiB; none is 1024 on CPU and what is left on a GPU."
     )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory to use.")
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model.")
+    tensor_parallel_size: int = Field(1, ge=1, le=1024, description="GPUs that share each layer.")
+    pipeline_parallel_size: int = Field(1, ge=1, le=1024, description="Groups of these that share the layers.")
+    nnodes: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Machines that run one replica together, without Ray; each has an equal share of the GPUs, and all "
+        "have the same settings but for node_rank.",
+    )
+    node_rank: int = Field(
+        0, ge=0, description="Which of them this is. 0 serves; the others compute for it, and answer health alone."
+    )
+    master_addr: str | None = Field(None, description="Name or address of node 0 as the others reach it.")
+    master_port: int = Field(29501, ge=1, le=65535, description="Port of node 0 that the others meet it at.")
     num_threads: int | None = Field(
         None, ge=1, description="Threads of the engine on CPU; none takes OMP_NUM_THREADS, else every core."
     )
@@ -70,6 +83,26 @@ class PolicySettings(ServerSettings):
     )
     seed: int = Field(0, ge=0, description="Start of the random numbers for requests without a seed.")
 
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        num_gpus = self.tensor_parallel_size * self.pipeline_parallel_size
+        if num_gpus % self.nnodes:
+            raise ValueError(
+                f"nnodes is {self.nnodes}, allowed: a divisor of the {num_gpus} GPUs (tensor_parallel_size times "
+                "pipeline_parallel_size)"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank is {self.node_rank}, allowed: below nnodes, which is {self.nnodes}")
+        if self.nnodes > 1 and not self.master_addr:
+            raise ValueError("master_addr is not set, allowed: the name or address of node 0 where nnodes is above 1")
+        return self
+
+    def nodes(self) -> Nodes | None:
+        """The machines of this replica; None if it has one alone."""
+        if self.nnodes == 1 or self.master_addr is None:
+            return None
+        return Nodes(count=self.nnodes, rank=self.node_rank, address=self.master_addr, port=self.master_port)
+
     def relay_rules(self) -> RelayRules:
         """What this replica passes on."""
         return RelayRules(enabled=self.relay, targets=self.relay_targets, stall_seconds=self.relay_stall_seconds)
@@ -87,6 +120,8 @@ class PolicySettings(ServerSettings):
             kv_cache_bytes=kv_cache_mib * 2**20 if kv_cache_mib else None,
             gpu_memory_fraction=self.gpu_memory_fraction,
             tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            nodes=self.nodes(),
             num_threads=self.num_threads,
             separate_worker=self.separate_worker,
             enforce_eager=self.enforce_eager,

@@ -7,6 +7,20 @@ from steersman.serving import vllm_environment
 
 
 @dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """Machines that run one engine together; node 0 schedules and serves, the others compute for it.
+
+    count: how many; rank: which of them this is, from 0.
+    address, port: where node 0 is met by the others (torch.distributed).
+    """
+
+    count: int
+    rank: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How to start a vLLM engine.
 
@@ -17,7 +31,9 @@ class EngineOptions:
     max_num_batched_tokens: tokens of one step; None takes vLLM's.
     kv_cache_bytes: size of the key-value cache; None lets vLLM profile (on CPU: half of the memory).
     gpu_memory_fraction: share of an accelerator's memory that vLLM may use.
-    tensor_parallel_size: accelerators that share the model.
+    tensor_parallel_size: accelerators that share each layer; pipeline_parallel_size: groups of them that share the
+        layers.
+    nodes: how the accelerators are spread over machines.
     num_threads: OpenMP threads of the engine on CPU.
     separate_worker: run the model in a process of its own beside the scheduler (CPU only). Costs a hop each
     step.
@@ -34,6 +50,8 @@ class EngineOptions:
     kv_cache_bytes: int | None = None
     gpu_memory_fraction: float = 0.9
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    nodes: Nodes | None = None
     num_threads: int | None = None
     separate_worker: bool = False
     enforce_eager: bool = False

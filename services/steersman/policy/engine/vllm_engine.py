@@ -13,15 +13,12 @@ rollback.
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.platforms import current_platform
@@ -29,7 +26,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-from steersman.policy.engine import model_files, orphans, plugin
+from steersman.policy.engine import model_files, orphans
+from steersman.policy.engine.config import engine_config
 from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import (
     Activation,
@@ -46,7 +44,6 @@ from steersman.policy.engine.port import (
 from steersman.policy.engine.spans import VersionTracker
 from steersman.policy.engine.streams import groups_of, merge, stream_interval
 from steersman.serving.tokenization import trusted
-from steersman.serving.vllm_environment import BLOCK_TOKENS
 from steersman.wire.identity import ModelInfo, WeightVersion
 
 _LOG = logging.getLogger(__name__)
@@ -57,36 +54,7 @@ def start_engine(options: EngineOptions) -> "VllmEngine":
 
     Raises `ValueError` when the model does not fit the options, and what vLLM raises when it cannot start.
     """
-    plugin.register()
-    dtype = model_files.dtype(options.model) if options.dtype == "auto" else options.dtype
-    arguments = AsyncEngineArgs(
-        model=str(options.model),
-        dtype=dtype,  # type: ignore[arg-type]
-        max_model_len=options.max_model_len,  # type: ignore[arg-type]
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        # A prompt computed in parts rewinds the generator of a seeded request, which CPU generators cannot do: the
-        # engine would die.
-        enable_chunked_prefill=False if current_platform.is_cpu() else None,
-        kv_cache_memory_bytes=options.kv_cache_bytes,
-        gpu_memory_utilization=options.gpu_memory_fraction,
-        tensor_parallel_size=options.tensor_parallel_size,
-        enforce_eager=options.enforce_eager or current_platform.is_cpu(),
-        block_size=BLOCK_TOKENS,
-        seed=options.seed,
-        use_tqdm_on_load=False,
-        skip_tokenizer_init=not model_files.has_tokenizer(options.model),
-        # The model's own sampling defaults must not bend the distribution that PPO trains on.
-        generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-        scheduling_policy="priority",
-        disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend=plugin.BACKEND),
-    )
-    config = arguments.create_engine_config()
-    if current_platform.is_cpu():
-        # create_engine_config asks for spawn, which imports vLLM a second time.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    config = engine_config(options)
     with orphans.forks_end_with_us():
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     return VllmEngine(llm, options)

@@ -3,6 +3,8 @@
 The frontend drives it with vLLM's own RPCs. On CPU: `start`, then `update` with "open", "load" for each
 group of tensors, "pack" for each part, all between decode steps; then, inside a pause, `finish` swaps. On
 other devices vLLM's layerwise reload writes into the live model, so all of it happens inside the pause.
+
+Where workers are spread over several machines only the first of them sees the host copy; it hands it on.
 """
 
 import mmap
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -64,6 +67,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         self._memory: dict[str, mmap.mmap] = {}
         self._swap_on_finish = False
         self._reloading = False
+        self._spans_machines = vllm_config.parallel_config.nnodes > 1
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
         """Builds the shadow ahead of the first update, which then costs no pause."""
@@ -134,9 +138,29 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         return self._shadow
 
     def _tensors(self, info: HostUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._spans_machines:
+            yield from self._shared_tensors(info)
+            return
         memory = self._map(info.path)
         for name, dtype, shape, offset in info.slots:
             yield name, _view(memory, getattr(torch, dtype), shape, offset)
+
+    def _shared_tensors(self, info: HostUpdateInfo) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same where the host copy is on another machine for some: worker 0 has it, and sends all of it to all.
+        Each takes its share by the model's own loaders. Every worker must go through all of them.
+        """
+        world = get_world_group()
+        memory = self._map(info.path) if world.rank_in_group == 0 else None
+        for name, dtype, shape, offset in info.slots:
+            element: torch.dtype = getattr(torch, dtype)
+            if memory is not None:
+                tensor = _view(memory, element, shape, offset).to(self.device, copy=True)
+            else:
+                tensor = torch.empty(shape, dtype=element, device=self.device)
+            # As bytes: not every element type of weights is one of collectives.
+            raw = tensor.reshape(-1).view(torch.uint8)
+            torch.distributed.broadcast(raw, src=world.ranks[0], group=world.device_group)
+            yield name, tensor
 
     def _map(self, path: str) -> mmap.mmap:
         if path not in self._memory:
