@@ -175,6 +175,7 @@ async def fleet(
     rules: RelayRules | None = None,
     source: WeightSource | None = None,
     are_open: bool = True,
+    timeout_s: float = TIMEOUT_S,
 ) -> AsyncIterator[list[Node]]:
     """Replicas in ascending order of target, with open pushes or without, that give up a link after half a second.
     `faults` by number.
@@ -193,7 +194,7 @@ async def fleet(
         nodes.sort(key=lambda node: node.target)
         for number, fault in (faults or {}).items():
             nodes[number].servicer.fault = fault
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             for node in nodes if are_open else []:
                 await node.begin()
             yield nodes
