@@ -44,7 +44,7 @@ from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import Learner, PpoLearner
 from steersman.trainer.stages.ppo_pipeline import RolloutPipeline, require_fresh
 from steersman.trainer.stages.ppo_prompts import PromptStream
-from steersman.trainer.stages.ppo_services import GrpcServices, Services
+from steersman.trainer.stages.ppo_services import GrpcServices, Services, weight_connections
 from steersman.trainer.stages.run import Run
 from steersman.trainer.weights.attempt import next_attempt
 from steersman.trainer.weights.report import PublishReport
@@ -88,11 +88,16 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
         return _run(config, run, tokenizer, learner)
     # Not before: one process does without torch.distributed.
     from steersman.trainer.stages.ppo_ranks import LeadLearner, follow
+    from steersman.trainer.weights.sharded import ShardedWeights
 
+    weights = ShardedWeights(weight_connections(config.services))
     if not run.world.is_lead:
-        num_updates = follow(learner, run.world, stop_requested=run.stop_requested)
+        try:
+            num_updates = follow(learner, run.world, weights, stop_requested=run.stop_requested)
+        finally:
+            weights.close()
         return PpoResult(steps=num_updates, stopped=False, model_directory=None)
-    lead = LeadLearner(learner, run.world)
+    lead = LeadLearner(learner, run.world, weights)
     try:
         return _run(config, run, tokenizer, lead)
     finally:

@@ -1,11 +1,13 @@
 """PPO on several ranks: the lead runs the loop, the others do what it does to the models.
 
-The lead alone draws rollouts, pushes weights and writes the run folder, exactly as a single process does. Whatever it
-asks of its learner, it first has the others ask of theirs; rollouts reach them with it. Between two commands they
-wait for as long as the lead waits for services.
+The lead alone draws rollouts, publishes weights and writes the run folder, exactly as a single process does; only that
+every rank sends its own shards to the replicas, when the lead's publisher has it do so. Whatever the lead asks of its
+learner, it first has the others ask of theirs; rollouts reach them with it. Between two commands they wait for as
+long as the lead waits for services.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ from steersman.trainer.distributed.world import World
 from steersman.trainer.rollout.packing import pack, unpack
 from steersman.trainer.rollout.types import Rollout
 from steersman.trainer.stages.ppo_learner import PpoLearner
-from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.image import Image
+from steersman.trainer.weights.sharded import ShardedWeights, shards_of
 from steersman.wire.identity import WeightVersion
 
 
 class LeadLearner:
-    """The lead's `Learner`: everything is done on all ranks. `close` it, or the others wait on."""
+    """The lead's `Learner`: everything is done on all ranks. `close` it after the publisher, or the others wait on."""
 
-    def __init__(self, learner: PpoLearner, world: World) -> None:
+    def __init__(self, learner: PpoLearner, world: World, weights: ShardedWeights) -> None:
         self._learner = learner
         self._world = world
+        self._weights = weights
 
     def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
         """Trains on one batch, of which each rank computes its share."""
@@ -47,10 +51,10 @@ class LeadLearner:
         self._world.tell("read", directory=str(directory))
         self._learner.read(directory, state)
 
-    def image(self, version: WeightVersion) -> WeightImage | None:
-        """The actor's weights, to be published."""
+    def image(self, version: WeightVersion) -> Image | None:
+        """The actor's weights, to be published; each rank holds its part."""
         self._world.tell("image", run_id=version.run_id, step=version.step)
-        return self._learner.image(version)
+        return self._weights.capture(shards_of(self._learner.actor), version)
 
     def whole_actor(self) -> PreTrainedModel | None:
         """The actor with all its weights."""
@@ -59,10 +63,12 @@ class LeadLearner:
 
     def close(self) -> None:
         """Lets the others go."""
-        self._world.tell("end")
+        with suppress(RuntimeError):  # the store is gone where torchrun has begun to end all
+            self._world.tell("end")
+        self._weights.close()
 
 
-def follow(learner: PpoLearner, world: World, *, stop_requested: Callable[[], bool]) -> int:
+def follow(learner: PpoLearner, world: World, weights: ShardedWeights, *, stop_requested: Callable[[], bool]) -> int:
     """Does what the lead says, until it says that it is done; gives how many updates that were. One that is told to
     stop tells the lead, and goes on: the lead's checkpoint needs every rank.
     """
@@ -80,7 +86,8 @@ def follow(learner: PpoLearner, world: World, *, stop_requested: Callable[[], bo
                 directory = Path(arguments["directory"])
                 learner.read(directory, load_state(directory)["learner"])
             case "image":
-                learner.image(WeightVersion(run_id=arguments["run_id"], step=arguments["step"]))
+                version = WeightVersion(run_id=arguments["run_id"], step=arguments["step"])
+                weights.capture(shards_of(learner.actor), version)
             case "whole_actor":
                 learner.whole_actor()
             case "end":

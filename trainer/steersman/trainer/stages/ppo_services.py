@@ -34,8 +34,8 @@ from steersman.trainer.stages.ppo_config import PpoConfig, ServiceSettings
 from steersman.trainer.stages.ppo_replicas import PolicyReplicas
 from steersman.trainer.stages.ppo_scorers import FollowedClient, FollowedReference, FollowedReward
 from steersman.trainer.weights.encode import PushEncoding
-from steersman.trainer.weights.image import WeightImage
-from steersman.trainer.weights.ports import LeaveOut
+from steersman.trainer.weights.image import Image
+from steersman.trainer.weights.ports import Connect, LeaveOut
 from steersman.trainer.weights.publication import QuorumNotStaged
 from steersman.trainer.weights.publisher import Publisher
 from steersman.trainer.weights.relay import RelayDelivery, RelaySettings
@@ -62,7 +62,7 @@ class Services(Protocol):
         """
         ...
 
-    def publish(self, image: WeightImage) -> "Future[PublishReport]":
+    def publish(self, image: Image) -> "Future[PublishReport]":
         """Starts to push weights to every replica."""
         ...
 
@@ -144,7 +144,7 @@ class GrpcServices:
         """Starts a batch."""
         return self._thread.start(self._collect(prompts, oldest_step, priority))
 
-    def publish(self, image: WeightImage) -> "Future[PublishReport]":
+    def publish(self, image: Image) -> "Future[PublishReport]":
         """Starts to push weights to every replica."""
         return self._thread.start(self._publish(image))
 
@@ -191,9 +191,7 @@ class GrpcServices:
 
         def publish_to(leave_out: LeaveOut) -> Publisher:
             return Publisher(
-                lambda target: AsyncWeightClient(
-                    target, credentials=secret, settings=once, timeout=_weight_call_seconds(settings)
-                ),
+                weight_connections(settings),
                 run_id=self._run_id,
                 backoff=self._backoff,
                 waits=self._waits,
@@ -260,7 +258,7 @@ class GrpcServices:
 
         return FollowedReward(followed=self._reward, port=port)
 
-    async def _publish(self, image: WeightImage) -> PublishReport:
+    async def _publish(self, image: Image) -> PublishReport:
         """Waits for a quorum, where one is asked for, as for any service that is away. GaveUp at the end."""
 
         async def publish() -> PublishReport:
@@ -303,6 +301,15 @@ class GrpcServices:
         await self._collector.close()
         await self._publisher.close()
         await self._stack.aclose()
+
+
+def weight_connections(settings: ServiceSettings) -> Connect:
+    """How whoever pushes weights, the lead or another rank, gets to a replica."""
+    secret = read_credentials(settings.credentials)
+    once = replace(_channel_settings(settings), retry_attempts=1)
+    return lambda target: AsyncWeightClient(
+        target, credentials=secret, settings=once, timeout=_weight_call_seconds(settings)
+    )
 
 
 async def _ask(client: AsyncPolicyClient | AsyncReferenceClient) -> ModelInfo:
