@@ -1,8 +1,8 @@
 """A rendered overlay as pods that `podman kube play` runs: Deployments, ConfigMaps and claims, and no more of it.
 
-What differs from a cluster: a pod is called as its Service would be, and found by that name; probes are left to the caller,
-since podman knows none of gRPC; workers of training jobs are processes of the trainer's container, since there is no API
-server; an emptyDir is a volume of podman.
+What differs from a cluster: a pod is called as its Service would be, and found by that name; probes are left to the
+caller, since podman knows none of gRPC; workers of training jobs are processes of the trainer's container, since there
+is no API server; an emptyDir is a volume of podman.
 """
 
 import copy
