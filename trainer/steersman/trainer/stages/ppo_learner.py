@@ -41,7 +41,7 @@ from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_tar
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.side_by_side import SideBySide
 from steersman.trainer.stages.trained import Trained
-from steersman.trainer.weights.image import WeightImage
+from steersman.trainer.weights.image import Image, WeightImage
 from steersman.wire.identity import WeightVersion
 
 # About 2 GB for a model of 3.4M parameters. Host memory allows that; an accelerator's may not, so there the
@@ -92,7 +92,7 @@ class Learner(Protocol):
         """Goes on from a checkpoint."""
         ...
 
-    def image(self, version: WeightVersion) -> WeightImage | None:
+    def image(self, version: WeightVersion) -> Image | None:
         """A copy of the actor's weights, to be published; None but on the lead."""
         ...
 
