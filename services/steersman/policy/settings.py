@@ -52,7 +52,9 @@ class PolicySettings(ServerSettings):
         0, ge=0, description="Which of them this is. 0 serves; the others compute for it, and answer health alone."
     )
     master_addr: str | None = Field(None, description="Name or address of node 0 as the others reach it.")
-    master_port: int = Field(29501, ge=1, le=65535, description="Port of node 0 that the others meet it at.")
+    master_port: int = Field(
+        29501, ge=1, le=65534, description="Port of node 0 that the others meet it at; the next one is used too."
+    )
     num_threads: int | None = Field(
         None, ge=1, description="Threads of the engine on CPU; none takes OMP_NUM_THREADS, else every core."
     )
@@ -83,6 +85,12 @@ class PolicySettings(ServerSettings):
     )
     seed: int = Field(0, ge=0, description="Start of the random numbers for requests without a seed.")
 
+    nodes_in_clear: bool = Field(
+        False,
+        description="Let the machines of a replica talk as vLLM does: in the clear, on many ports, and believing all "
+        "who reach one. Needed for nnodes above 1 beyond loopback; only where nobody else reaches these ports.",
+    )
+
     @model_validator(mode="after")
     def _nodes_fit(self) -> Self:
         num_gpus = self.tensor_parallel_size * self.pipeline_parallel_size
@@ -95,6 +103,11 @@ class PolicySettings(ServerSettings):
             raise ValueError(f"node_rank is {self.node_rank}, allowed: below nnodes, which is {self.nnodes}")
         if self.nnodes > 1 and not self.master_addr:
             raise ValueError("master_addr is not set, allowed: the name or address of node 0 where nnodes is above 1")
+        if self.nnodes > 1 and not self.nodes_in_clear and self.master_addr not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError(
+                f"master_addr is {self.master_addr}, where vLLM talks in the clear to all who reach it; allowed: "
+                "loopback, or with nodes_in_clear, where nobody else does (a NetworkPolicy)"
+            )
         return self
 
     def nodes(self) -> Nodes | None:

@@ -27,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
 from steersman.policy.engine import model_files, orphans
+from steersman.policy.engine.bond import Head
 from steersman.policy.engine.config import engine_config
 from steersman.policy.engine.options import EngineOptions
 from steersman.policy.engine.port import (
@@ -54,17 +55,19 @@ def start_engine(options: EngineOptions) -> "VllmEngine":
 
     Raises `ValueError` when the model does not fit the options, and what vLLM raises when it cannot start.
     """
+    head = Head(options.nodes) if options.nodes is not None else None
     config = engine_config(options)
     with orphans.forks_end_with_us():
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-    return VllmEngine(llm, options)
+    return VllmEngine(llm, options, head)
 
 
 class VllmEngine:
     """A live vLLM engine; see `GenerationEngine` for what the methods promise."""
 
-    def __init__(self, llm: AsyncLLM, options: EngineOptions) -> None:
+    def __init__(self, llm: AsyncLLM, options: EngineOptions, head: Head | None = None) -> None:
         self._llm = llm
+        self._head = head
         self._options = options
         self._stages_beside = current_platform.is_cpu()
         self._tokenizer = _read_tokenizer(llm, options)
@@ -166,6 +169,8 @@ class VllmEngine:
         """Raises `EngineDeadError` when the engine died."""
         if self._llm.errored or self._broken:
             raise EngineDeadError("the engine died")
+        if self._head is not None:
+            self._head.check()
 
     async def stage(self, weights: HostWeights) -> None:
         """Fills the shadow between decode steps. Without a shadow (GPU) nothing can be prepared."""
@@ -248,6 +253,8 @@ class VllmEngine:
         if self._llm.output_handler is not None:
             # Else it reports the death of the processes that we are about to end.
             self._llm.output_handler.cancel()
+        if self._head is not None:
+            self._head.close()
         await asyncio.to_thread(self._llm.shutdown, 5.0)
 
 
