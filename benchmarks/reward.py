@@ -31,6 +31,7 @@ from benchmarks.reward_rivals import Grpc, Http, single_server, vllm_server
 from benchmarks.stack import CORES, Service, running, thread_environment
 from steersman.cli.supervisor import free_port
 from steersman.client import Priority
+from steersman.serving.threads import default_calls
 
 Side = Callable[[int], Awaitable[tuple[float, list[float]]]]
 """Scores the items of a seed; returns the seconds that it took, and the scores in the order of the items."""
@@ -38,6 +39,7 @@ Side = Callable[[int], Awaitable[tuple[float, list[float]]]]
 BULK_CALLERS = 4
 BULK_PROMPTS_PER_REQUEST = 4
 MODEL_THREADS = "batcher-reward"
+NUM_WORKERS = default_calls("cpu", CORES)
 # Scores of the two sides of a pair may differ by bfloat16's rounding; they have a standard deviation of about 1.
 TOLERANCE = 0.25
 
@@ -207,7 +209,8 @@ class _Latency:
         run_s, num_runs = after[0] - runs[0], after[1] - runs[1]
         model = spent[MODEL_THREADS] - cpu[MODEL_THREADS]
         others = sum(spent.values()) - sum(cpu.values()) - model
-        between = max(0.0, elapsed - run_s)
+        # Batches run side by side, on a thread each.
+        between = max(0.0, NUM_WORKERS * elapsed - run_s)
         share = (others + between) / (others + model)
         facts = {"model": model, "others": others, "between_batches": between, "elapsed": elapsed}
         return run_s / max(1, num_runs), share, facts

@@ -9,6 +9,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from numpy.typing import NDArray
 from transformers import DynamicCache, Qwen2Config, Qwen2ForSequenceClassification
 
 from benchmarks import toymodel
+from benchmarks.stack import CORES
 from steersman.reward.engine.torch_engine import TorchScoreEngine
 from steersman.reward.settings import ModelScorerSettings
 from steersman.serving.arrangement import ByPrefix
 from steersman.serving.batching import BatchingSettings
+from steersman.serving.threads import set_own_threads
 
 Row = NDArray[np.int32]
 Score = Callable[[Sequence["Item"]], list[float]]
@@ -102,47 +105,59 @@ def describe(items: Sequence[Item]) -> dict[str, float]:
 
 
 class PackedOracle:
-    """The service's own engine, called in process with all items at hand: ordered and cut as well as it can be."""
+    """The service's own engine, called in process with all items at hand: ordered and cut as well as it can be, and as
+    many batches side by side as the engine computes best.
+    """
 
     def __init__(self, model: Path) -> None:
         self._engine = TorchScoreEngine.load("model", ModelScorerSettings(model=str(model)))
         if not self._engine.shares_prefixes:
             raise RuntimeError("the engine computes shared prompts for each response: there is no oracle")
+        self._settings = BatchingSettings().for_device(self._engine.device_type, self._engine.num_workers)
+        self._workers = ThreadPoolExecutor(self._engine.num_workers)
 
     def __call__(self, items: Sequence[Item]) -> list[float]:
         """Scores in the order of the items."""
-        arrangement, settings = ByPrefix[Row](lambda row: row), BatchingSettings()
         rows = [item.row for item in items]
-        order = arrangement.order(rows, [len(row) for row in rows])
+        arrangement, lengths = ByPrefix[Row](lambda row: row), [len(row) for row in rows]
+        batches = arrangement.plan(rows, lengths, self._settings, self._engine.num_workers)
         scores = [0.0] * len(rows)
-        while order:
-            left = [rows[index] for index in order]
-            keep = arrangement.cut(left, [len(row) for row in left], settings).num_items
-            for index, score in zip(order[:keep], self._engine.score(left[:keep]), strict=True):
+        found = self._workers.map(lambda batch: self._engine.score([rows[index] for index in batch]), batches)
+        for batch, of_batch in zip(batches, found, strict=True):
+            for index, score in zip(batch, of_batch, strict=True):
                 scores[index] = score
-            order = order[keep:]
         return scores
 
 
 class CachedOracle:
-    """Transformers as it is: a prompt's keys and values once, then its responses sorted by length, in micro-batches."""
+    """Transformers as it is: a prompt's keys and values once, then its responses sorted by length, in micro-batches.
+
+    A prompt for each core side by side, on one thread: faster than one prompt after the other on all threads.
+    """
 
     def __init__(self, model: Path) -> None:
         self._model = Qwen2ForSequenceClassification.from_pretrained(model).eval()
+        self._workers = ThreadPoolExecutor(CORES, initializer=set_own_threads, initargs=(1,))
 
-    @torch.inference_mode()
     def __call__(self, items: Sequence[Item]) -> list[float]:
         """Scores in the order of the items."""
         groups: dict[bytes, list[int]] = {}
         for index in sorted(range(len(items)), key=lambda index: -len(items[index].response)):
             groups.setdefault(items[index].prompt.tobytes(), []).append(index)
         scores = [0.0] * len(items)
-        for group in groups.values():
-            prompt = torch.from_numpy(items[group[0]].prompt.astype(np.int64))[None]
-            cache = self._model.model(input_ids=prompt, use_cache=True).past_key_values
-            for part in _parts(group, [len(items[index].response) for index in group]):
-                for index, score in zip(part, self._continue(cache, [items[index] for index in part]), strict=True):
-                    scores[index] = score
+        largest_first = sorted(groups.values(), key=lambda group: -sum(len(items[index].response) for index in group))
+        for found in self._workers.map(lambda group: self._score(items, group), largest_first):
+            for index, score in found.items():
+                scores[index] = score
+        return scores
+
+    @torch.inference_mode()
+    def _score(self, items: Sequence[Item], group: list[int]) -> dict[int, float]:
+        prompt = torch.from_numpy(items[group[0]].prompt.astype(np.int64))[None]
+        cache = self._model.model(input_ids=prompt, use_cache=True).past_key_values
+        scores: dict[int, float] = {}
+        for part in _parts(group, [len(items[index].response) for index in group]):
+            scores |= zip(part, self._continue(cache, [items[index] for index in part]), strict=True)
         return scores
 
     def _continue(self, cache: DynamicCache, items: Sequence[Item]) -> list[float]:

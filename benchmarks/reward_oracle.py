@@ -4,6 +4,9 @@
 
 reads one request a line, {"oracle": "packed" or "cached", "prompts": N, "seed": N}, draws the items, scores them with
 nothing between itself and the model, and writes {"seconds": X, "scores": [...]}.
+
+The oracles use the machine as well as the service does: as many batches side by side, a share of the cores each. The
+one that shares the service's engine shares its way to divide a wave, too. What they do not have is callers.
 """
 
 import contextlib

@@ -108,7 +108,7 @@ class TorchModelBuilder:
         return ModelScorer(
             name,
             engine,
-            settings.batching.for_device(engine.device_type),
+            settings.batching.for_device(engine.device_type, engine.num_workers),
             encoder=parts.encoder,
             bos_token_id=parts.bos_token_id,
             stall_seconds=self._stall_seconds,

@@ -86,7 +86,7 @@ class ModelScorer:
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"tokenizer-{name}")
         arrangement = ByPrefix[_Job](lambda job: job.token_ids) if engine.shares_prefixes else None
         self._batcher: Batcher[_Job, Score] = Batcher(
-            self._score, batching, name=name, observer=observer, arrangement=arrangement
+            self._score, batching, name=name, observer=observer, arrangement=arrangement, num_workers=engine.num_workers
         )
 
     @property
@@ -203,7 +203,7 @@ class ModelScorer:
         return all(isinstance(outcome, Score) for outcome in outcomes)
 
     def _score(self, jobs: Sequence[_Job]) -> list[Score | Exception]:
-        """On the worker thread."""
+        """On a worker thread."""
         outcomes: list[Score | Exception] = []
         for job, raw in zip(jobs, self._engine.score([job.token_ids for job in jobs]), strict=True):
             score = self._to_score(job, raw)

@@ -92,6 +92,13 @@ class ModelScorerSettings(BaseModel):
         description="Compute once what items of a batch begin with in common (a prompt with several responses), "
         "where the model allows it.",
     )
+    num_workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Batches that the torch backend computes side by side, each with its share of num_threads. "
+        "Default: one for each thread, at most 4, on a CPU; 1 on an accelerator.",
+    )
     batching: BatchingSettings = Field(default_factory=BatchingSettings, description="Batching across callers.")
 
 

@@ -19,7 +19,10 @@ class BatchingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     max_batch_tokens: int | None = Field(
-        default=None, ge=1, description="Padded tokens of one batch. Default: 4096 on a CPU, 16384 on an accelerator."
+        default=None,
+        ge=1,
+        description="Padded tokens of one batch. Default: 4096 on a CPU, divided by the batches that run side by side; "
+        "16384 on an accelerator.",
     )
     max_batch_ms: float | None = Field(
         default=None,
@@ -30,7 +33,10 @@ class BatchingSettings(BaseModel):
     max_batch_items: int = Field(default=256, ge=1, description="Items of one batch.")
     max_queue_items: int = Field(default=8192, ge=1, description="Waiting items; more are refused (QUEUE_FULL).")
     max_delay_ms: float = Field(
-        default=2.0, ge=0, le=1000, description="How long an idle worker waits for other callers to join."
+        default=2.0,
+        ge=0,
+        le=1000,
+        description="How long an idle worker waits for another caller, and anew when one joins, ten times at most.",
     )
     batch_overhead_tokens: int = Field(
         default=128,
@@ -38,9 +44,13 @@ class BatchingSettings(BaseModel):
         description="Fixed cost of a batch, in tokens. A batch is split where that saves more padding than this.",
     )
 
-    def for_device(self, device_type: str) -> "BatchingSettings":
-        """The same with its defaults filled in for a kind of torch device ("cpu", "cuda", ...)."""
-        default = CPU_BATCH_TOKENS if device_type == "cpu" else ACCELERATOR_BATCH_TOKENS
+    def for_device(self, device_type: str, num_workers: int = 1) -> "BatchingSettings":
+        """The same with its defaults filled in for a kind of torch device ("cpu", "cuda", ...).
+
+        With a share of the cores a batch takes as long as one that is larger by as much with all of them.
+        """
+        default = CPU_BATCH_TOKENS // num_workers if device_type == "cpu" else ACCELERATOR_BATCH_TOKENS
+        default = max(MIN_BATCH_TOKENS, default)
         return self.model_copy(update={"max_batch_tokens": self.max_batch_tokens or default})
 
     def at_speed(self, tokens_per_s: float | None) -> "BatchingSettings":

@@ -1,9 +1,9 @@
-"""Dynamic batching across callers: an asyncio front, and one worker thread that runs the batches.
+"""Dynamic batching across callers: an asyncio front, and worker threads that run the batches, one by default.
 
 Invariants:
 
 - every admitted item ends exactly once: with a result, an error, or its own cancellation;
-- an item whose caller is gone (cancelled, past its deadline) before it was cut into a batch is never run;
+- an item whose caller is gone (cancelled, past its deadline) before its batch starts is never run;
 - a batch never computes more tokens (padding counted, common beginnings counted once where the model computes them
   once) than the budget, unless it holds one item only;
 - an item fails alone: a batch that raises is run again in halves until the bad items are by themselves;
@@ -11,9 +11,10 @@ Invariants:
   later never enters a wave before those in front of it. Bulk gets at least one batch after every
   `INTERACTIVE_STREAK` interactive ones.
 
-The worker takes its work itself, so it never waits for the event loop between two batches. While it is busy, items
-collect, and the next wave takes all of them. Only when it was idle may it wait `max_delay_ms` for callers to join,
-and only for as many as came together last time: a lone caller is never held back.
+A worker takes its work itself, so it never waits for the event loop between two batches. While all are busy, items
+collect, and the next wave takes all of them. Only when it was idle may a worker wait for callers to join,
+`max_delay_ms` for each one that does, and only for as many as came together last time: a lone caller is never held
+back. Several workers share a wave evenly, so that they come to its end together.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
-from steersman.serving.arrangement import Arrangement, ByLength, Cut, worth_padding
+from steersman.serving.arrangement import Arrangement, ByLength, worth_padding
 from steersman.serving.batch_metrics import BatchObserver, BatchRecord
 from steersman.serving.batch_settings import BatchingSettings
 from steersman.wire.errors import Reason, SteersmanError, queue_full, unavailable
@@ -46,6 +47,9 @@ INTERACTIVE_STREAK: Final = 4
 
 # A wave is what is sorted at once. Longer waves pad less but let an item be overtaken by more later ones.
 WAVE_BATCHES: Final = 16
+
+# An idle worker waits at most so often `max_delay_ms` for callers that keep on joining.
+_MAX_DELAYS: Final = 10
 
 # Told to a caller who meets a full queue before any batch has been timed.
 _FIRST_RETRY_AFTER_S: Final = 0.5
@@ -68,20 +72,27 @@ class _Entry(Generic[ItemT, ResultT]):
 
 @dataclass(slots=True)
 class _Lane(Generic[ItemT, ResultT]):
-    """Items of one priority: those waiting in order of arrival, and the present wave, what runs next at the end."""
+    """Items of one priority: those waiting in order of arrival, and the batches of the present wave, next one last."""
 
     queue: "deque[_Entry[ItemT, ResultT]]" = field(default_factory=deque)
-    wave: "list[_Entry[ItemT, ResultT]]" = field(default_factory=list)
+    wave: "list[list[_Entry[ItemT, ResultT]]]" = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.queue) + len(self.wave)
+        return len(self.queue) + sum(map(len, self.wave))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all its items."""
+        return sum(entry.num_tokens for entries in (self.queue, *self.wave) for entry in entries)
 
     def purge(self) -> None:
         """Forgets items whose caller is gone."""
         self.queue = deque(entry for entry in self.queue if not entry.future.done())
-        self.wave = [entry for entry in self.wave if not entry.future.done()]
+        self.wave = [_present(batch) for batch in self.wave]
 
-    def refill(self, arrangement: Arrangement[ItemT], max_tokens: int) -> None:
+    def refill(
+        self, arrangement: Arrangement[ItemT], settings: BatchingSettings, num_workers: int, max_tokens: int
+    ) -> None:
         """Starts the next wave with a prefix of the queue."""
         taken, num_tokens = [], 0
         while self.queue and num_tokens < max_tokens:
@@ -89,27 +100,22 @@ class _Lane(Generic[ItemT, ResultT]):
             if not entry.future.done():
                 num_tokens += entry.num_tokens
                 taken.append(entry)
-        order = arrangement.order([entry.item for entry in taken], [entry.num_tokens for entry in taken])
-        self.wave = [taken[index] for index in reversed(order)]
+        if taken:
+            plan = arrangement.plan(
+                [entry.item for entry in taken], [entry.num_tokens for entry in taken], settings, num_workers
+            )
+            self.wave = [[taken[index] for index in batch] for batch in reversed(plan)]
 
-    def cut(self, arrangement: Arrangement[ItemT], settings: BatchingSettings) -> "_Batch[ItemT, ResultT]":
-        """Takes the next items of the wave, as many as make a good batch. Skips abandoned ones."""
-        head: list[_Entry[ItemT, ResultT]] = []
-        while self.wave and len(head) < settings.max_batch_items:
-            entry = self.wave.pop()
-            if not entry.future.done():
-                head.append(entry)
-        if not head:
-            return _Batch()
-        cut = arrangement.cut([entry.item for entry in head], [entry.num_tokens for entry in head], settings)
-        self.wave.extend(reversed(head[cut.num_items :]))
-        return _Batch(head[: cut.num_items], cut)
+    def take(self) -> "list[_Entry[ItemT, ResultT]]":
+        """The next batch of the wave, without abandoned items; empty if nothing is left of the wave."""
+        while self.wave:
+            if batch := _present(self.wave.pop()):
+                return batch
+        return []
 
 
-@dataclass(slots=True)
-class _Batch(Generic[ItemT, ResultT]):
-    entries: "list[_Entry[ItemT, ResultT]]" = field(default_factory=list)
-    cut: Cut = field(default_factory=lambda: Cut(num_items=0))
+def _present(entries: "Sequence[_Entry[ItemT, ResultT]]") -> "list[_Entry[ItemT, ResultT]]":
+    return [entry for entry in entries if not entry.future.done()]
 
 
 def fail_after(future: "asyncio.Future[ResultT]", timeout_s: float) -> None:
@@ -129,11 +135,11 @@ def _smooth(average: float | None, value: float) -> float:
 
 
 class Batcher(Generic[ItemT, ResultT]):
-    """Collects items from many callers and runs them in batches on a thread of its own.
+    """Collects items from many callers and runs them in batches on threads of its own.
 
     Create it on the event loop whose callers it serves. `run` gets the items of a batch, in the order of the
     arrangement (longest first, unless told otherwise), and returns one result an item in the same order; a result that
-    is an exception fails its item. It is only ever called on the worker thread, one call at a time.
+    is an exception fails its item. It is only ever called on the worker threads, `num_workers` calls at a time.
     """
 
     def __init__(
@@ -144,6 +150,7 @@ class Batcher(Generic[ItemT, ResultT]):
         name: str,
         observer: BatchObserver | None = None,
         arrangement: Arrangement[ItemT] | None = None,
+        num_workers: int = 1,
     ) -> None:
         self.name = name
         self._run = run
@@ -157,15 +164,19 @@ class Batcher(Generic[ItemT, ResultT]):
         self._streak = 0
         self._calls_waiting = 0
         self._calls_expected = 1
-        self._first_queued_at = 0.0
+        self._first_queued_at = self._last_queued_at = 0.0
         self._closed = False
-        # Written by the worker, read by anyone:
-        self._busy_since: float | None = None
+        # Written by the workers, read by anyone:
+        self._busy_since: list[float | None] = [None] * num_workers
         self._tokens_per_s: float | None = None
         self._computed_per_s: float | None = None
         self.num_failures_in_a_row = 0
-        self._thread = threading.Thread(target=self._work, name=f"batcher-{name}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(index,), name=f"batcher-{name}", daemon=True)
+            for index in range(num_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # --- the asyncio side ---
 
@@ -190,11 +201,12 @@ class Batcher(Generic[ItemT, ResultT]):
             for item, tokens in zip(items, num_tokens, strict=True)
         ]
         with self._condition:
-            if self._closed or not self._thread.is_alive():
+            if self._closed or not self._is_alive():
                 raise unavailable(f"{self.name} is shutting down")
             self._make_room(len(entries))
             if not self._num_waiting():
                 self._first_queued_at = now
+            self._last_queued_at = now
             self._lanes[priority].queue.extend(entries)
             self._calls_waiting += 1
             waiting = self._num_waiting()
@@ -225,19 +237,21 @@ class Batcher(Generic[ItemT, ResultT]):
             return self._num_waiting()
 
     def check_health(self, stall_s: float = math.inf) -> None:
-        """Raises ENGINE_UNAVAILABLE if the worker is gone, or has been at one batch for more than `stall_s`."""
-        if not self._thread.is_alive():
+        """Raises ENGINE_UNAVAILABLE if a worker is gone, or has been at one batch for more than `stall_s`."""
+        if not self._is_alive():
             raise unavailable(f"the worker of {self.name} has ended")
-        busy_since = self._busy_since
-        if busy_since is not None and time.monotonic() - busy_since > stall_s:
+        now = time.monotonic()
+        if any(since is not None and now - since > stall_s for since in list(self._busy_since)):
             raise unavailable(f"the worker of {self.name} has been at one batch for more than {stall_s:g} s")
 
     async def close(self, timeout_s: float = 30.0) -> None:
         """Refuses new items, fails those that wait, and lets the running batch end (for at most `timeout_s`)."""
         with self._condition:
             self._closed = True
-            self._condition.notify()
-        await asyncio.to_thread(self._thread.join, timeout_s)
+            self._condition.notify_all()
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join, max(0.0, end - time.monotonic()))
 
     def _make_room(self, num_items: int) -> None:
         limit = self._settings.max_queue_items
@@ -253,13 +267,8 @@ class Batcher(Generic[ItemT, ResultT]):
         """Time to work off half of what waits."""
         if self._tokens_per_s is None:
             return _FIRST_RETRY_AFTER_S
-        queued = sum(
-            entry.num_tokens
-            for lane in self._lanes.values()
-            for entries in (lane.queue, lane.wave)
-            for entry in entries
-        )
-        return min(60.0, max(0.01, queued / 2 / self._tokens_per_s))
+        queued = sum(lane.num_tokens for lane in self._lanes.values())
+        return min(60.0, max(0.01, queued / 2 / (self._tokens_per_s * len(self._threads))))
 
     @staticmethod
     def _deliver(entries: "Sequence[_Entry[ItemT, ResultT]]", outcomes: Sequence[ResultT | Exception]) -> None:
@@ -271,29 +280,38 @@ class Batcher(Generic[ItemT, ResultT]):
             else:
                 entry.future.set_result(outcome)
 
-    # --- the worker thread ---
+    # --- the worker threads ---
 
-    def _work(self) -> None:
+    def _is_alive(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
+
+    def _work(self, index: int) -> None:
         # The kernel's name of the thread, which those that OpenMP starts for it inherit: `top -H` tells them apart.
         with contextlib.suppress(OSError):
             Path("/proc/thread-self/comm").write_text(f"batcher-{self.name}"[:15])
         try:
-            while (batch := self._next_batch()).entries:
-                self._execute(batch)
+            while batch := self._next_batch():
+                self._execute(batch, index)
         finally:
             self._fail_the_rest()
 
-    def _next_batch(self) -> "_Batch[ItemT, ResultT]":
-        """Waits for items and cuts a batch; an empty one when closed."""
-        batch: _Batch[ItemT, ResultT] = _Batch()
+    def _next_batch(self) -> "list[_Entry[ItemT, ResultT]]":
+        """Waits for items and takes a batch; an empty one when closed."""
+        batch: list[_Entry[ItemT, ResultT]] = []
+        num_workers = len(self._threads)
         with self._condition:
-            while not batch.entries and self._wait_for_items():
+            while not batch and self._wait_for_items():
                 lane = self._choose_lane()
                 if not lane.wave:
-                    lane.refill(self._arrangement, WAVE_BATCHES * self._settings.batch_tokens)
+                    settings = self._settings.at_speed(self._computed_per_s)
+                    max_tokens = WAVE_BATCHES * num_workers * settings.batch_tokens
+                    lane.refill(self._arrangement, settings, num_workers, max_tokens)
                     self._calls_expected, self._calls_waiting = max(1, self._calls_waiting), 0
-                batch = lane.cut(self._arrangement, self._settings.at_speed(self._computed_per_s))
+                batch = lane.take()
             waiting = self._num_waiting()
+            if waiting:
+                # There is work for another one, who may not have been told.
+                self._condition.notify()
         if self._observer is not None:
             self._observer.queue_changed(waiting)
         return batch
@@ -306,7 +324,9 @@ class Batcher(Generic[ItemT, ResultT]):
                 was_idle = True
                 self._condition.wait()
                 continue
-            left_s = self._first_queued_at + self._settings.max_delay_ms / 1000 - time.monotonic()
+            delay_s = self._settings.max_delay_ms / 1000
+            end = min(self._first_queued_at + _MAX_DELAYS * delay_s, self._last_queued_at + delay_s)
+            left_s = end - time.monotonic()
             if not was_idle or left_s <= 0 or self._is_worth_starting():
                 return True
             self._condition.wait(left_s)
@@ -330,22 +350,22 @@ class Batcher(Generic[ItemT, ResultT]):
         self._streak = 0
         return bulk
 
-    def _execute(self, batch: "_Batch[ItemT, ResultT]") -> None:
-        entries, cut = batch.entries, batch.cut
-        started = self._busy_since = time.monotonic()
+    def _execute(self, entries: "list[_Entry[ItemT, ResultT]]", index: int) -> None:
+        started = self._busy_since[index] = time.monotonic()
         outcomes = self._run_isolated(entries)
         run_s = time.monotonic() - started
-        self._busy_since = None
+        self._busy_since[index] = None
         num_tokens = sum(entry.num_tokens for entry in entries)
-        num_computed = num_tokens + cut.num_padding_tokens - cut.num_shared_tokens
+        tally = self._arrangement.count([entry.item for entry in entries], [entry.num_tokens for entry in entries])
+        num_computed = num_tokens + tally.num_padding_tokens - tally.num_shared_tokens
         self._tokens_per_s = _smooth(self._tokens_per_s, num_tokens / max(run_s, 1e-6))
         self._computed_per_s = _smooth(self._computed_per_s, num_computed / max(run_s, 1e-6))
         if self._observer is not None:
             record = BatchRecord(
                 num_items=len(entries),
                 num_tokens=num_tokens,
-                num_padding_tokens=cut.num_padding_tokens,
-                num_shared_tokens=cut.num_shared_tokens,
+                num_padding_tokens=tally.num_padding_tokens,
+                num_shared_tokens=tally.num_shared_tokens,
                 queue_s=started - min(entry.queued_at for entry in entries),
                 run_s=run_s,
                 num_failed=sum(isinstance(outcome, Exception) for outcome in outcomes),
@@ -373,7 +393,8 @@ class Batcher(Generic[ItemT, ResultT]):
     def _fail_the_rest(self) -> None:
         with self._condition:
             self._closed = True
-            rest = [entry for lane in self._lanes.values() for entry in (*lane.queue, *lane.wave)]
+            self._condition.notify_all()
+            rest = [entry for lane in self._lanes.values() for entries in (lane.queue, *lane.wave) for entry in entries]
             for lane in self._lanes.values():
                 lane.queue.clear()
                 lane.wave.clear()

@@ -116,7 +116,7 @@ def attend_last(pack: Pack, query: Tensor, key: Tensor, value: Tensor, scale: fl
     Returns [1, rows, heads, size].
     """
     num_groups = query.shape[1] // key.shape[1]
-    grouped = query[0].unflatten(0, (key.shape[1], num_groups))
+    grouped = query[0].view(key.shape[1], num_groups, *query.shape[2:])
     outputs = []
     for index, spans in enumerate(pack.row_spans()):
         keys = torch.cat([key[0, :, start:stop] for start, stop in spans], 1)

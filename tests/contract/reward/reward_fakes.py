@@ -159,6 +159,7 @@ class GatedEngine:
     model = INFO
     normalization = Normalization()
     shares_prefixes = False
+    num_workers = 1
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)

@@ -425,6 +425,7 @@ class GatedEngine:
 
     normalization = Normalization()
     shares_prefixes = False
+    num_workers = 1
 
     def __init__(self, value: float, revision: str) -> None:
         self.model = ModelInfo(name="tiny", revision=revision, vocab_size=40, max_sequence_tokens=16)

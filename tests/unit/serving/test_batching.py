@@ -65,9 +65,10 @@ class Recorder:
         self.records.append(record)
 
 
-def make(worker, observer=None, **settings) -> Batcher[int, int]:
+def make(worker, observer=None, num_workers=1, **settings) -> Batcher[int, int]:
     defaults = {"max_batch_tokens": 100, "max_delay_ms": 0, "batch_overhead_tokens": 1000}
-    return Batcher(worker, BatchingSettings(**(defaults | settings)), name="test", observer=observer)
+    chosen = BatchingSettings(**(defaults | settings))
+    return Batcher(worker, chosen, name="test", observer=observer, num_workers=num_workers)
 
 
 async def hold_busy(batcher: Batcher[int, int], worker: GatedWorker, num_tokens: int = 1) -> asyncio.Future[int]:
@@ -81,6 +82,9 @@ def test_the_token_budget_follows_the_device_unless_it_is_set():
     assert BatchingSettings().for_device("cpu").batch_tokens == 4096
     assert BatchingSettings().for_device("cuda").batch_tokens == 16384
     assert BatchingSettings(max_batch_tokens=7).for_device("cuda").batch_tokens == 7
+    assert BatchingSettings().for_device("cpu", 2).batch_tokens == 2048
+    assert BatchingSettings().for_device("cpu", 64).batch_tokens == MIN_BATCH_TOKENS
+    assert BatchingSettings(max_batch_tokens=7).for_device("cpu", 2).batch_tokens == 7
 
 
 def test_a_time_limit_lowers_the_token_budget_of_slow_models():
@@ -285,6 +289,48 @@ async def test_a_wave_is_finished_before_later_items_of_any_length():
     # The short item of the first wave is not passed by the longer ones that came after it.
     assert worker.batches == [[1], [2], [3], [4]]
     await batcher.close()
+
+
+async def test_workers_run_batches_side_by_side_and_share_a_wave_evenly():
+    worker = GatedWorker()
+    batcher = make(worker, num_workers=2, max_batch_tokens=1000)
+    first = [await hold_busy(batcher, worker) for _ in range(2)]
+    futures = batcher.submit(list(range(1, 9)), [300] * 8)
+    worker.let_through(2)
+    await worker.wait_entered()
+    await worker.wait_entered()
+    worker.open()
+    assert await asyncio.gather(*first, *futures) == [0, 0, *range(2, 17, 2)]
+    # A budget of 1,000 would make 3, 3 and 2 of them.
+    assert sorted(map(sorted, worker.batches[2:])) == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    await batcher.close()
+
+
+async def test_one_call_keeps_all_workers_busy():
+    worker = GatedWorker()
+    batcher = make(worker, num_workers=2, max_batch_tokens=1000)
+    futures = batcher.submit([1, 2], [300, 300])
+    await worker.wait_entered()
+    await worker.wait_entered()
+    assert sorted(worker.batches) == [[1], [2]]
+    worker.open()
+    assert await asyncio.gather(*futures) == [2, 4]
+    await batcher.close()
+
+
+async def test_closing_waits_for_all_workers_and_a_stuck_one_is_not_healthy():
+    worker = GatedWorker()
+    batcher = make(worker, num_workers=2)
+    first = await hold_busy(batcher, worker)
+    batcher.check_health(stall_s=60)
+    with pytest.raises(SteersmanError):
+        batcher.check_health(stall_s=0)
+    closing = asyncio.create_task(batcher.close())
+    worker.open()
+    await closing
+    assert await first == 0
+    with pytest.raises(SteersmanError):
+        batcher.check_health()
 
 
 async def test_closing_lets_the_running_batch_end_and_fails_the_rest():

@@ -23,7 +23,7 @@ class Normalization:
 
 
 class ScoreEngine(Protocol):
-    """A scalar-head model. `score` blocks, and is called on one thread only."""
+    """A scalar-head model. `score` blocks, and is called on as many threads as there are workers."""
 
     @property
     def model(self) -> ModelInfo:
@@ -38,6 +38,11 @@ class ScoreEngine(Protocol):
     @property
     def shares_prefixes(self) -> bool:
         """Whether what rows of a call begin with in common is computed once, and nothing is padded."""
+        ...
+
+    @property
+    def num_workers(self) -> int:
+        """Calls of `score` that it computes best side by side, each with a batch of its own."""
         ...
 
     def close(self) -> None:

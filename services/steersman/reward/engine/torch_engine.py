@@ -37,6 +37,7 @@ from steersman.serving.packed_attention import NotPackableError, packed, run_pac
 from steersman.serving.packed_decoder import PackedDecoder
 from steersman.serving.packing import pack_rows
 from steersman.serving.prefixes import MIN_SHARED_TOKENS
+from steersman.serving.threads import ThreadShares, default_calls
 from steersman.wire.identity import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,19 @@ class TorchScoreEngine:
     """A sequence classifier with one label, in evaluation mode, on one device."""
 
     def __init__(
-        self, model: Any, info: ModelInfo, *, normalization: Normalization | None = None, share_prefixes: bool = True
+        self,
+        model: Any,
+        info: ModelInfo,
+        *,
+        normalization: Normalization | None = None,
+        share_prefixes: bool = True,
+        num_workers: int | None = None,
     ) -> None:
-        """`model` is a `PreTrainedModel` for sequence classification; its attention is exchanged if packs are right."""
+        """`model` is a `PreTrainedModel` for sequence classification; its attention is exchanged if packs are right.
+
+        `num_workers` calls of `score` may run side by side and share the threads that torch uses now. Default: one for
+        each thread, at most 4, on a CPU; 1 on an accelerator.
+        """
         self.model = info
         self.normalization = normalization or Normalization()
         # How the model was trained to see text, if it says so: see `steersman.reward.text`.
@@ -61,6 +72,9 @@ class TorchScoreEngine:
         self.device = next(model.parameters()).device
         self.device_type: str = self.device.type
         self.parameter_bytes: int = sum(parameter.nbytes for parameter in model.parameters())
+        num_threads = torch.get_num_threads()
+        self.num_workers = num_workers or default_calls(self.device_type, num_threads)
+        self._threads = ThreadShares(num_threads, self.num_workers if self.device_type == "cpu" else 1)
         self._pad_id = pad_token_id(model.config)
         head = getattr(model, "score", None)
         self._head_weight = head.weight.detach().float() if isinstance(head, torch.nn.Linear) else None
@@ -88,14 +102,21 @@ class TorchScoreEngine:
             eos_token_ids=eos_token_ids(model),
         )
         normalization = read_normalization(f"{field}.model", model.config)
-        return cls(model, info, normalization=normalization, share_prefixes=settings.share_prefixes)
+        return cls(
+            model,
+            info,
+            normalization=normalization,
+            share_prefixes=settings.share_prefixes,
+            num_workers=settings.num_workers,
+        )
 
     @torch.inference_mode()
     def score(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
-        """See `ScoreEngine.score`."""
-        if self.shares_prefixes:
-            return self._score_packed(rows)
-        return self._score_last_token(rows) if self._reads_last_token else self._score_by_model(rows)
+        """See `ScoreEngine.score`. A row that comes when nothing else runs gets all threads."""
+        with self._threads.take(may_take_all=len(rows) == 1):
+            if self.shares_prefixes:
+                return self._score_packed(rows)
+            return self._score_last_token(rows) if self._reads_last_token else self._score_by_model(rows)
 
     def close(self) -> None:
         """See `ScoreEngine.close`: the weights go with the object."""

@@ -38,6 +38,7 @@ class VllmScoreEngine:
     """A sequence classifier with one label in vLLM. `vllm_environment.prepare` comes before this module is imported."""
 
     shares_prefixes = True
+    num_workers = 1
 
     def __init__(
         self,
