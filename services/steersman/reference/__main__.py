@@ -6,6 +6,7 @@ from steersman.reference.servicer import ReferenceService
 from steersman.reference.settings import ReferenceSettings
 from steersman.serving.app import main
 from steersman.serving.metrics import Metrics
+from steersman.wire.allocator import keep_freed_memory
 
 
 async def build(settings: ReferenceSettings, metrics: Metrics) -> ReferenceService:
@@ -24,4 +25,5 @@ async def build(settings: ReferenceSettings, metrics: Metrics) -> ReferenceServi
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # a batch uses the memory of the one before
     sys.exit(main("reference", ReferenceSettings, build))

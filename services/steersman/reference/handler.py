@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steersman.reference.engine.port import LogprobEngine, LogprobQuery, LogprobRow
+from steersman.serving.arrangement import ByPrefix
 from steersman.serving.batch_metrics import BatchObserver
 from steersman.serving.batching import Batcher, BatchingSettings, Priority
 from steersman.serving.service import EngineDead
@@ -42,8 +43,9 @@ class ReferenceHandler:
     ) -> None:
         self._engine = engine
         self._stall_seconds = stall_seconds
+        arrangement = ByPrefix[LogprobQuery](lambda query: query.token_ids) if engine.shares_prefixes else None
         self._batcher: Batcher[LogprobQuery, LogprobRow] = Batcher(
-            self._compute, batching, name="reference", observer=observer
+            self._compute, batching, name="reference", observer=observer, arrangement=arrangement
         )
 
     @property

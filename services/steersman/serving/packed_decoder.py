@@ -1,4 +1,4 @@
-"""The forward pass of plain decoders over a pack (see `packing`), to the last tokens of its rows and no further.
+"""The forward pass of plain decoders over a pack (see `packing`), to the tokens that are asked for and no further.
 
 It computes what the modules of transformers compute, with their weights, in fewer and smaller steps:
 
@@ -13,7 +13,9 @@ own output: a later version of an architecture may do more.
 
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steersman.serving.packed_attention import attend_last, attend_segments
@@ -38,8 +40,11 @@ class PackedDecoder:
         self._layers = list(transformer.layers)
         self._norm: nn.Module = transformer.norm
 
-    def run(self, pack: Pack, device: torch.device) -> Tensor:
-        """Last hidden states [rows, hidden size] at the last token of each row of a pack; in inference mode."""
+    def run(self, pack: Pack, device: torch.device, asked: NDArray[np.int64] | None = None) -> Tensor:
+        """Last hidden states [rows, hidden size] at the last token of each row of a pack; in inference mode.
+
+        With `asked`, which are places in the pack, at these instead: [asked, hidden size].
+        """
         states = self._embedding(torch.from_numpy(pack.token_ids).to(device, non_blocking=True))
         positions = torch.from_numpy(pack.positions).to(device, non_blocking=True)
         cos, sin = (each[0, :, None] for each in self._rotary(states[None], positions[None]))
@@ -47,9 +52,13 @@ class PackedDecoder:
             attended = _attend(layer.self_attn, _normalize(layer.input_layernorm, states), cos, sin, pack)
             states += layer.self_attn.o_proj(attended)
             _feed_forward(layer, states)
-        layer, last = self._layers[-1], torch.from_numpy(pack.last).to(device)
-        attended = _attend(layer.self_attn, _normalize(layer.input_layernorm, states), cos, sin, pack, last)
-        states = states[last] + layer.self_attn.o_proj(attended)
+        layer, chosen = self._layers[-1], torch.from_numpy(pack.last if asked is None else asked).to(device)
+        normal = _normalize(layer.input_layernorm, states)
+        if asked is None:
+            attended = _attend(layer.self_attn, normal, cos, sin, pack, chosen)
+        else:
+            attended = _attend(layer.self_attn, normal, cos, sin, pack).index_select(0, chosen)
+        states = states.index_select(0, chosen) + layer.self_attn.o_proj(attended)
         _feed_forward(layer, states)
         return _normalize(self._norm, states)
 
@@ -80,7 +89,7 @@ def _rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _feed_forward(layer: Any, states: Tensor) -> None:
     """Adds the block's output to `states` [tokens, hidden size]."""
-    for chunk in states.split(_CHUNK_TOKENS):
+    for chunk in torch.split(states, _CHUNK_TOKENS):
         normal = _normalize(layer.post_attention_layernorm, chunk)
         gate = nn.functional.silu(layer.mlp.gate_proj(normal), inplace=True)
         chunk += layer.mlp.down_proj(gate.mul_(layer.mlp.up_proj(normal)))
@@ -89,7 +98,7 @@ def _feed_forward(layer: Any, states: Tensor) -> None:
 def _normalize(norm: Any, states: Tensor) -> Tensor:
     """RMSNorm over the last dimension, in float32, as the architectures do it."""
     output = torch.empty_like(states)
-    for chunk, normal in zip(states.split(_CHUNK_TOKENS), output.split(_CHUNK_TOKENS), strict=True):
+    for chunk, normal in zip(torch.split(states, _CHUNK_TOKENS), torch.split(output, _CHUNK_TOKENS), strict=True):
         wide = chunk.float()
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
         scale = square.div_(states.shape[-1]).add_(norm.variance_epsilon).rsqrt_()

@@ -35,6 +35,7 @@ class GatedEngine:
     """Answers zeros when the test lets it."""
 
     model = MODEL
+    shares_prefixes = False
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)

@@ -22,6 +22,7 @@ class FakeEngine:
     """The log-prob of a token is minus its id; token 66 has none; `error` is raised if set."""
 
     model = MODEL
+    shares_prefixes = False
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

@@ -12,6 +12,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -77,6 +79,38 @@ def test_logprobs_and_entropies_of_ragged_rows(temperature):
         assert row.logprobs.dtype == np.float32
         np.testing.assert_allclose(row.logprobs, logprobs, atol=1e-5)
         np.testing.assert_allclose(row.entropies, entropies, atol=1e-5)
+
+
+def test_a_common_beginning_is_computed_once_and_changes_nothing():
+    model = tiny_qwen()
+    engine = engine_of(model)
+    assert engine.shares_prefixes
+    rng = np.random.default_rng(3)
+    prompt = rng.integers(0, VOCAB, 30, dtype=np.int32)
+    whole = np.concatenate([prompt, rng.integers(0, VOCAB, 12, dtype=np.int32)])
+    rows = [whole, np.concatenate([prompt, whole[:9]]), whole[:37], whole, whole[20:]]
+    # Responses that begin within the common part, at its end, and after it.
+    batch = [
+        LogprobQuery(token_ids=row, prompt_length=length, include_entropy=True)
+        for row, length in zip(rows, (1, 30, 36, 35, 4), strict=True)
+    ]
+    num_tokens: list[int] = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: num_tokens.append(len(output)))
+    outcomes = engine.compute(batch)
+    assert sum(num_tokens) == 42 + 9 + 22
+    for query, row in zip(batch, outcomes, strict=True):
+        logprobs, entropies = plain_loop(model, query)
+        np.testing.assert_allclose(row.logprobs, logprobs, atol=1e-5)
+        np.testing.assert_allclose(row.entropies, entropies, atol=1e-5)
+
+
+def test_a_window_is_not_mistaken_for_plain_attention_because_probes_are_short():
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4096)).eval()
+    engine = engine_of(model)
+    assert not engine.shares_prefixes
+    batch = queries([20, 5])
+    for query, row in zip(batch, engine.compute(batch), strict=True):
+        np.testing.assert_allclose(row.logprobs, plain_loop(model, query)[0], atol=1e-5)
 
 
 def test_rows_of_one_batch_may_differ_in_temperature_and_entropy():

@@ -39,6 +39,11 @@ class LogprobEngine(Protocol):
         """What is served."""
         ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether rows with a common beginning are cheaper in one batch, and padding costs nothing."""
+        ...
+
     def compute(self, queries: Sequence[LogprobQuery]) -> list[LogprobRow]:
         """One row a query, in order. Values are not checked: a broken model gives NaN."""
         ...

@@ -3,9 +3,13 @@
 The transformer runs on the whole batch, the vocabulary projection only on positions that predict a response token,
 a chunk of positions at a time: a float32 [tokens, vocabulary] tensor never exists for a whole batch.
 
+On a CPU, where there is a forward pass for the architecture that gives what the model's own gives, rows are packed one
+behind the other, common beginnings once; else they are padded on the right.
+
 Shape suffixes: B rows, L longest row, H hidden size, N response tokens of the batch, C of one chunk, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -26,7 +30,13 @@ from steersman.serving.models import (
     sequence_limit,
     use_threads,
 )
+from steersman.serving.packed_attention import NotPackableError, packed, run_pack
+from steersman.serving.packed_decoder import PackedDecoder
+from steersman.serving.packing import pack_rows
+from steersman.serving.prefixes import MIN_SHARED_TOKENS
 from steersman.wire.identity import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 # Largest difference between this engine and the model's own forward pass that rounding explains.
 _TOLERANCE: Final = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -51,7 +61,16 @@ class TorchLogprobEngine:
         self.device = next(model.parameters()).device
         self._pad_id = pad_token_id(model.config)
         self._chunk_tokens = max(1, logits_chunk_bytes // (4 * info.vocab_size))
+        self._decoder: PackedDecoder | None = None
         self._verify()
+        # On accelerators a pass over padded rows takes fewer kernels.
+        if self.device.type == "cpu":
+            self._use_decoder()
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """See `LogprobEngine.shares_prefixes`."""
+        return self._decoder is not None
 
     @classmethod
     def load(cls, settings: ReferenceSettings) -> "TorchLogprobEngine":
@@ -73,20 +92,14 @@ class TorchLogprobEngine:
     @torch.inference_mode()
     def compute(self, queries: Sequence[LogprobQuery]) -> list[LogprobRow]:
         """See `LogprobEngine.compute`."""
-        ids_BL = pad_rows([query.token_ids for query in queries], self._pad_id, self.device)
         counts = np.array([len(query.token_ids) - query.prompt_length for query in queries])
-        # The last prompt token predicts the first response token.
-        starts = np.array([query.prompt_length - 1 for query in queries]) + ids_BL.shape[1] * np.arange(len(queries))
-        positions_N = torch.from_numpy(_ranges(starts, counts)).to(self.device)
         temperatures = np.array([query.temperature for query in queries], np.float32)
         temperature_N = None
         if np.any(temperatures != 1.0):
             temperature_N = torch.from_numpy(np.repeat(temperatures, counts)).to(self.device)
-
-        hidden_BLH = self._transformer(input_ids=ids_BL, use_cache=False).last_hidden_state
-        hidden_NH = hidden_BLH.flatten(0, 1)[positions_N]
-        del hidden_BLH
-        targets_N = ids_BL.flatten()[positions_N + 1]
+        targets = np.concatenate([query.token_ids[query.prompt_length :] for query in queries])
+        targets_N = torch.from_numpy(targets.astype(np.int64)).to(self.device)
+        hidden_NH = self._padded_states(queries, counts) if self._decoder is None else self._packed_states(queries)
         with_entropy = any(query.include_entropy for query in queries)
         logprobs_N, entropies_N = self._project(hidden_NH, targets_N, temperature_N, with_entropy)
 
@@ -100,6 +113,26 @@ class TorchLogprobEngine:
             )
             for index, query in enumerate(queries)
         ]
+
+    def _padded_states(self, queries: Sequence[LogprobQuery], counts: NDArray[np.int64]) -> torch.Tensor:
+        """Hidden states that predict the response tokens, row by row, from rows padded to the longest."""
+        ids_BL = pad_rows([query.token_ids for query in queries], self._pad_id, self.device)
+        # The last prompt token predicts the first response token.
+        starts = np.array([query.prompt_length - 1 for query in queries]) + ids_BL.shape[1] * np.arange(len(queries))
+        positions_N = torch.from_numpy(_ranges(starts, counts)).to(self.device)
+        hidden_BLH = self._transformer(input_ids=ids_BL, use_cache=False).last_hidden_state
+        states_NH: torch.Tensor = hidden_BLH.flatten(0, 1)[positions_N]
+        return states_NH
+
+    def _packed_states(self, queries: Sequence[LogprobQuery]) -> torch.Tensor:
+        """The same from rows without padding, common beginnings computed once."""
+        assert self._decoder is not None
+        pack = pack_rows([query.token_ids for query in queries])
+        places = [
+            np.concatenate([np.arange(start, stop) for start, stop in spans])[query.prompt_length - 1 : -1]
+            for query, spans in zip(queries, pack.row_spans(), strict=True)
+        ]
+        return self._decoder.run(pack, self.device, np.concatenate(places))
 
     def _project(
         self,
@@ -146,6 +179,37 @@ class TorchLogprobEngine:
                     f"model: {kind} cannot be served: log-probs differ from its own by {difference:.2g}; "
                     "allowed: a causal model whose logits are the output embedding of its last hidden state"
                 )
+
+    @torch.inference_mode()
+    def _use_decoder(self) -> None:
+        """Rows go through a forward pass without padding where there is one and it gives what the model's own gives."""
+        rows = _probe_rows(self.model.vocab_size, self.model.max_sequence_tokens)
+        queries = [
+            LogprobQuery(token_ids=row, prompt_length=1 + index % (len(row) - 1)) for index, row in enumerate(rows)
+        ]
+        expected = np.concatenate([row.logprobs for row in self.compute(queries)])
+        try:
+            with packed(self._causal_lm):
+                # Refuses what is more than plain causal attention, which rows as short as these need not show.
+                run_pack(self._transformer, pack_rows(rows), self.device)
+                self._decoder = PackedDecoder(self._transformer)
+                packed_rows = np.concatenate([row.logprobs for row in self.compute(queries)])
+                # What is not finite is reported when the model is used.
+                both = np.isfinite(expected) & np.isfinite(packed_rows)
+                largest = float(np.max(np.abs(packed_rows[both] - expected[both]), initial=0.0))
+                if largest > _TOLERANCE.get(self._causal_lm.dtype, _TOLERANCE_HALF):
+                    raise NotPackableError(f"log-probs of a pack differ by {largest:.2g}")
+        except (NotPackableError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            self._decoder = None
+            logger.info("rows are padded, and share nothing: %s", error)
+
+
+def _probe_rows(vocab_size: int, max_tokens: int) -> list[NDArray[np.int32]]:
+    """Rows that share their beginnings in several ways."""
+    ids = np.resize(np.arange(min(12, vocab_size), dtype=np.int32), 3 * MIN_SHARED_TOKENS)
+    shared, middle = ids[:MIN_SHARED_TOKENS], ids[:-5]
+    rows = [ids, middle, np.concatenate([shared, ids[::-1][:7]]), np.concatenate([middle, ids[3:12]]), ids[4:9]]
+    return [row[:max_tokens] for row in rows]
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
