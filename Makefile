@@ -55,6 +55,10 @@ bench: $(READY)  ## Measure, and write benchmarks/results/ (BENCH names some)
 	@# Each in a process of its own: threads that one leaves behind slow the next.
 	status=0; for name in $(BENCH); do $(BIN)/python -m benchmarks $$name || status=1; done; exit $$status
 
+.PHONY: images
+images:  ## Build the container images for CPU, with docker, podman or buildah (IMAGES names some)
+	scripts/build_images.py $(IMAGES)
+
 .PHONY: clean
 clean:  ## Remove what was built; the environment and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
