@@ -7,12 +7,14 @@ anew.
 """
 
 import socket
+import time
 from typing import Final
 
 from steersman.policy.engine.options import Nodes
 from steersman.policy.engine.port import EngineDeadError
 
 _CONNECT_SECONDS: Final = 10.0
+_RESOLVE_SECONDS: Final = 120.0
 # A machine that is lost says nothing: after so long without a word the kernel asks, and asks again.
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -28,7 +30,7 @@ class Head:
     def __init__(self, nodes: Nodes) -> None:
         """Raises OSError if the port is taken, or the address none of this machine."""
         self._ends: dict[socket.socket, str] = {}
-        self._listener = socket.create_server((nodes.address, bond_port(nodes)), backlog=nodes.count)
+        self._listener = _listen(nodes)
         self._listener.setblocking(False)
 
     def check(self) -> None:
@@ -71,6 +73,18 @@ class Bond:
     def close(self) -> None:
         """Lets go of node 0, which ends."""
         self._end.close()
+
+
+def _listen(nodes: Nodes) -> socket.socket:
+    # A pod's name is known to DNS only some time after its address.
+    end = time.monotonic() + _RESOLVE_SECONDS
+    while True:
+        try:
+            return socket.create_server((nodes.address, bond_port(nodes)), backlog=nodes.count)
+        except socket.gaierror:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(1.0)
 
 
 def _watch(end: socket.socket) -> None:
