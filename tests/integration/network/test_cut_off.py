@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trustme
 import yaml
 from namespaces import Network
 from processes import WAIT_S, Job, service
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_job import NUM_PROMPTS, NUM_SAMPLES, save_model, settings, tokenizer_of
 
 from steersman.trainer.stages.run import read_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
-VOCABULARY = 64
 STEPS = 7
-NUM_PROMPTS, NUM_SAMPLES = 8, 2
 PORT = 50051
 TOKEN = "of-the-trainer"
 REPLICA = Path(__file__).parents[1] / "weights" / "replica_program.py"
@@ -68,29 +64,6 @@ class Gates:
                 await asyncio.sleep(0.02)
 
 
-def save_model(folder: Path) -> None:
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-        bos_token_id=1,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture
 def network() -> Any:
     with Network("trainer", "policy", "reference", "reward") as made:
@@ -110,7 +83,9 @@ async def services(network: Network, tmp_path: Path) -> AsyncIterator[Gates]:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     gates = Gates(tmp_path / "gates")
     model = ["--model", str(tmp_path / "model"), "--dtype", "float32"]
-    scorer = {"count": {"function": f"{tmp_path / 'count.py'}:score", "tokenizer": str(tmp_path / "model/tokenizer")}}
+    scorer = {
+        "count": {"function": f"{tmp_path / 'count.py'}:score", "tokenizer": str(tokenizer_of(tmp_path / "model"))}
+    }
     commands = {
         "policy": [str(REPLICA), *model, "--kv-cache-mib", "32", "--max-num-seqs", "32"],
         "reference": ["-m", "steersman.reference", *model],
@@ -133,29 +108,16 @@ async def services(network: Network, tmp_path: Path) -> AsyncIterator[Gates]:
 
 
 def config(network: Network, folder: Path) -> dict[str, Any]:
-    rows = [{"prompt": f"w{number} w{number + 1} w5"} for number in range(10, 42)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     at = {host: f"{network.address(host)}:{PORT}" for host in ("policy", "reference", "reward")}
-    return {
-        "actor": {"path": str(folder / "model")},
-        "tokenizer": str(folder / "model" / "tokenizer"),
-        "prompts": {"files": [str(folder / "prompts.jsonl")]},
-        "max_prompt_tokens": 16,
-        "services": {
-            "policies": [at["policy"]],
-            "reference": at["reference"],
-            "reward": at["reward"],
-            "credentials": {"ca_file": str(folder / "ca.pem"), "token_file": str(folder / "token")},
-            "keepalive_seconds": 5,
-            "give_up_seconds": 300,
-        },
-        "sampling": {"max_tokens": 12, "samples_per_prompt": NUM_SAMPLES},
-        "prompts_per_step": NUM_PROMPTS,
-        "max_staleness": 0,
-        "total_steps": STEPS,
-        "device": "cpu",
-        "num_threads": 1,
+    services = {
+        "policies": [at["policy"]],
+        "reference": at["reference"],
+        "reward": at["reward"],
+        "credentials": {"ca_file": str(folder / "ca.pem"), "token_file": str(folder / "token")},
+        "keepalive_seconds": 5,
+        "give_up_seconds": 300,
     }
+    return settings(folder / "model", folder, services, max_staleness=0, total_steps=STEPS)
 
 
 async def test_services_are_cut_off_and_come_back(network: Network, services: Gates, tmp_path: Path) -> None:

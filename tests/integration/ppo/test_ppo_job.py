@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_job import save_model, settings, tokenizer_of
 
 from steersman.cli.supervisor import ServiceSpec, Supervisor, free_port
 from steersman.trainer.stages.ppo import run_ppo
@@ -20,7 +18,6 @@ from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.run import Run, read_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-VOCABULARY = 64
 STEPS = 12
 SCORER = '''
 """Counts a word."""
@@ -33,32 +30,9 @@ def score(items):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama, and in a folder of its own a tokenizer of words."""
     folder = tmp_path_factory.mktemp("model")
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{index}": index for index in range(3, VOCABULARY)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>").save_pretrained(
-        tokenizer_of(folder)
-    )
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-        bos_token_id=1,
-        pad_token_id=0,
-        **shape,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_model(folder)
     return folder
-
-
-def tokenizer_of(model: Path) -> Path:
-    return model / "tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -93,30 +67,9 @@ def services(model: Path, scorer: Path) -> Iterator[tuple[Supervisor, dict[str, 
         yield supervisor, addresses
 
 
-def config(model: Path, prompts: Path, addresses: dict[str, str], **changes: Any) -> PpoConfig:
-    prompts.write_text("".join(json.dumps({"prompt": f"w{n} w{n + 1} w5"}) + "\n" for n in range(10, 42)))
-    settings: dict[str, Any] = {
-        "actor": {"path": str(model)},
-        "tokenizer": str(tokenizer_of(model)),
-        "prompts": {"files": [str(prompts)]},
-        "max_prompt_tokens": 16,
-        "services": {
-            "policies": [addresses["policy"]],
-            "reference": addresses["reference"],
-            "reward": addresses["reward"],
-            "give_up_seconds": 120,
-            "push_encoding": "delta",
-        },
-        "sampling": {"max_tokens": 12, "samples_per_prompt": 2},
-        "prompts_per_step": 16,
-        "total_steps": 8,
-        "optimizer": {"learning_rate": 8e-3, "schedule": "constant"},
-        "critic_optimizer": {"learning_rate": 8e-3, "schedule": "constant"},
-        "kl": {"coefficient": 0.01},
-        "device": "cpu",
-        "num_threads": 1,
-    }
-    return PpoConfig.model_validate(settings | changes)
+def config(model: Path, folder: Path, addresses: dict[str, str], **changes: Any) -> PpoConfig:
+    services = {"policies": [addresses["policy"]], "reference": addresses["reference"], "reward": addresses["reward"]}
+    return PpoConfig.model_validate(settings(model, folder, services, **changes))
 
 
 def test_ppo_learns_through_real_services_and_survives_the_death_of_the_policy(
@@ -138,9 +91,9 @@ def test_ppo_learns_through_real_services_and_survives_the_death_of_the_policy(
         def on_progress(self, step: int, total_steps: int, message: str) -> None:
             said.append(message)
 
-    settings = config(model, tmp_path / "prompts.jsonl", addresses, total_steps=STEPS, max_staleness=2)
+    job = config(model, tmp_path, addresses, total_steps=STEPS, max_staleness=2)
     with Run(tmp_path / "run", run_id="demo", listener=Killer()) as run:
-        result = run_ppo(settings, run)
+        result = run_ppo(job, run)
 
     assert (result.steps, result.stopped, deaths) == (STEPS, False, [3])
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -169,6 +122,6 @@ def test_bad_limits_are_refused_before_anything_is_generated(
     services: tuple[Supervisor, dict[str, str]], model: Path, tmp_path: Path
 ) -> None:
     _, addresses = services
-    settings = config(model, tmp_path / "prompts.jsonl", addresses, max_prompt_tokens=120)
+    job = config(model, tmp_path, addresses, max_prompt_tokens=120)
     with Run(tmp_path / "run", run_id="demo") as run, pytest.raises(ValueError, match="must be at most 128"):
-        run_ppo(settings, run)
+        run_ppo(job, run)
