@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from steersman.cli.cluster import ClusterFile, Context, Namespace, On, Target, Where
 from steersman.cli.connection import (
     DEFAULT_ADDRESSES,
     PolicyAddress,
@@ -16,7 +17,7 @@ from steersman.cli.connection import (
     TrainerAddress,
     credentials_of,
 )
-from steersman.cli.console import CleanGroup, CommandError, err, out, write
+from steersman.cli.console import CleanGroup, CommandError, out, write
 from steersman.cli.jobs import app as jobs_app
 from steersman.cli.rewards import app as rewards_app
 from steersman.client.types import JobKind, Overlength
@@ -306,10 +307,18 @@ def train(
     ] = None,
     job_id: Annotated[str | None, typer.Option(help="Id of the job. Default: the server chooses one.")] = None,
     address: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
+    on: On = Where.SERVICE,
+    cluster_file: ClusterFile = None,
+    namespace: Namespace = None,
+    cluster_context: Context = None,
     follow: Annotated[bool, typer.Option(help="Watch the job to its end.")] = True,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs, where jobs run in a cluster.")] = 0,
-    cpus: Annotated[float, typer.Option(min=0, max=1024, help="CPU cores. Default: the launcher's.")] = 0.0,
-    memory_gib: Annotated[float, typer.Option(min=0, max=1e6, help="Memory in GiB. Default: the launcher's.")] = 0.0,
+    nodes: Annotated[int, typer.Option(min=1, max=1000, help="Nodes, where jobs run in a cluster.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=0, max=64, help="Processes of each node. Default: one for each GPU, or one.")
+    ] = 0,
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs of each node, one for each process.")] = 0,
+    cpus: Annotated[float, typer.Option(min=0, help="CPU cores of each node. Default: the launcher's.")] = 0.0,
+    memory_gib: Annotated[float, typer.Option(min=0, max=1e6, help="GiB of each node. Default: the launcher's.")] = 0.0,
     queue: Annotated[str, typer.Option(help="Kueue LocalQueue that admits the job.")] = "",
     image: Annotated[str, typer.Option(help="Container image of the worker, if the service allows it.")] = "",
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check the settings, start nothing.")] = False,
@@ -320,34 +329,22 @@ def train(
     """Submit a training job, and watch it.
 
     Ctrl-C stops watching, not the job. The exit status is 1 if the job does not succeed.
+
+    With --on kubernetes the command makes the objects itself, by your kubeconfig and the pods that --cluster describes;
+    no trainer service is needed. `steersman jobs ... --on kubernetes` shows such jobs.
     """
     from steersman.cli import train as implementation
-    from steersman.client.trainer import TrainerClient
-    from steersman.client.types import JobResources
 
     settings = implementation.read_config(config, overrides or [])
-    resources = JobResources(
-        gpus_per_process=gpus,
-        cpus_per_process=cpus,
-        memory_bytes_per_process=int(memory_gib * 2**30),
-        queue_name=queue,
-        image=image,
+    resources = implementation.resources_of(
+        nodes=nodes, processes=processes, gpus=gpus, cpus=cpus, memory_gib=memory_gib, queue=queue, image=image
     )
-    with TrainerClient(address, credentials=credentials_of(context)) as client:
-        if dry_run:
-            objects = client.preview_job(kind, settings, job_id=job_id, resources=resources)
-            err().print("the settings are good; nothing was started")
-            write(objects)
-            return
-        job = client.create_job(kind, settings, job_id=job_id, resources=resources, validate_only=validate_only)
-        if validate_only:
-            err().print("the settings are good; nothing was started")
-            return
-        err().print(f"job {job.id} was accepted")
-        if follow:
-            implementation.follow(client, job)
-        else:
-            write(job.id + "\n")
+    how = implementation.How(validate_only=validate_only, dry_run=dry_run, follow=follow)
+    if on is Where.KUBERNETES:
+        target = Target(file=cluster_file, namespace=namespace, context=cluster_context)
+        implementation.submit_to_cluster(target, kind, settings, resources, job_id, how)
+    else:
+        implementation.submit(address, credentials_of(context), kind, settings, resources, job_id, how)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """`steersman train` and `steersman jobs`: submit, watch, list, cancel, resume."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import typer
 import yaml
 
-from steersman.cli import console, yaml_file
+from steersman.cli import cluster, console, yaml_file
 from steersman.cli.job_view import JobView
+from steersman.client.channel import Credentials
 from steersman.client.trainer import TrainerClient
-from steersman.client.types import Job, JobState
+from steersman.client.types import Job, JobKind, JobResources, JobState
 from steersman.wire.errors import SteersmanError
 
 
@@ -42,6 +43,93 @@ def apply_override(config: dict[str, Any], override: str) -> None:
         config[last] = yaml_file.parse(text)
     except yaml.YAMLError:
         raise console.InputError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What is to become of a job that is submitted."""
+
+    validate_only: bool
+    dry_run: bool
+    follow: bool
+
+
+def resources_of(
+    *, nodes: int, processes: int, gpus: int, cpus: float, memory_gib: float, queue: str, image: str
+) -> JobResources:
+    """The resources of a job, from what is asked for each node. InputError if GPUs and processes do not match."""
+    on_one_node = processes or max(1, gpus)
+    if gpus not in (0, on_one_node):
+        raise console.InputError(f"--gpus is {gpus} and --processes {processes}, allowed: as many, or none")
+    return JobResources(
+        num_processes=nodes * on_one_node,
+        processes_per_node=on_one_node,
+        gpus_per_process=1 if gpus else 0,
+        cpus_per_process=cpus / on_one_node,
+        memory_bytes_per_process=int(memory_gib * 2**30) // on_one_node,
+        queue_name=queue,
+        image=image,
+    )
+
+
+def submit(
+    address: str,
+    credentials: Credentials | None,
+    kind: JobKind,
+    config: Mapping[str, Any],
+    resources: JobResources,
+    job_id: str | None,
+    how: How,
+) -> None:
+    """Submits a job to a trainer service."""
+    with TrainerClient(address, credentials=credentials) as client:
+        if how.dry_run:
+            objects = client.preview_job(kind, config, job_id=job_id, resources=resources)
+            console.err().print("the settings are good; nothing was started")
+            console.write(objects)
+            return
+        job = client.create_job(kind, config, job_id=job_id, resources=resources, validate_only=how.validate_only)
+        if how.validate_only:
+            console.err().print("the settings are good; nothing was started")
+            return
+        console.err().print(f"job {job.id} was accepted")
+        if how.follow:
+            follow(client, job)
+        else:
+            console.write(job.id + "\n")
+
+
+def submit_to_cluster(
+    target: cluster.Target,
+    kind: JobKind,
+    config: Mapping[str, Any],
+    resources: JobResources,
+    job_id: str | None,
+    how: How,
+) -> None:
+    """Makes the objects of a job in a cluster."""
+    from steersman.cli.cluster_jobs import job_objects, new_job_id
+    from steersman.cluster import resources as cluster_resources
+
+    settings = cluster.settings_of(target)
+    cluster.check_settings(kind, config)
+    wanted = cluster_resources.JobResources(**asdict(resources))
+    job_id = job_id or new_job_id(kind)
+    if how.dry_run or how.validate_only:
+        namespace = cluster.namespace_of(target, target.values())
+        objects = job_objects(job_id, kind, config, wanted, settings, namespace=namespace)
+        console.err().print("nothing was started")
+        if how.dry_run:
+            console.write(yaml.safe_dump_all(objects, sort_keys=False))
+        return
+    with cluster.open_jobs(target) as jobs:
+        objects = job_objects(job_id, kind, config, wanted, settings, namespace=jobs.namespace)
+        job = jobs.create(objects).job()
+        console.err().print(f"job {job.id} was made in namespace {jobs.namespace}: {objects[0]['metadata']['name']}")
+        if how.follow:
+            cluster.follow(jobs, job)
+        else:
+            console.write(job.id + "\n")
 
 
 def follow(client: TrainerClient, job: Job, after_sequence: int = 0) -> None:

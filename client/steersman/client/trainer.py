@@ -46,6 +46,8 @@ _PAGE_SIZE: Final = 100
 # A watch that heard nothing for so long asks anew, so that a half-open connection is noticed.
 _WATCH_STREAM_SECONDS: Final = 3600.0
 _MAX_BACKOFF_SECONDS: Final = 3.0
+# Between two questions for lines of a log that has nothing new.
+_LOG_SECONDS: Final = 1.0
 # A stream that lived so long was connected; its loss begins a new time of grace.
 _HEALTHY_SECONDS: Final = 10.0
 
@@ -262,6 +264,33 @@ class AsyncTrainerClient(AsyncClient):
         request = trainer_pb2.ResumeJobRequest(job_id=job_id)
         return job_from_proto((await self._call(self._stub.ResumeJob, request, timeout)).job)
 
+    async def job_logs(
+        self,
+        job_id: str,
+        *,
+        follow: bool = False,
+        tail_lines: int | None = None,
+        node: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """Lines that a job's worker has printed, on a node where the job has several.
+
+        Args:
+            follow: go on until the job has ended.
+            tail_lines: only so many of the last lines that are there now.
+            timeout: of each question.
+        """
+        request = trainer_pb2.ReadJobLogsRequest(job_id=job_id, tail_lines=tail_lines or 0, node=node)
+        while True:
+            page = await self._call(self._stub.ReadJobLogs, request, timeout)
+            for line in page.lines:
+                yield line
+            if page.ended or not (follow or page.lines):
+                return
+            request.page_token = page.next_page_token
+            if not page.lines:
+                await asyncio.sleep(_LOG_SECONDS)
+
     async def watch_job(
         self,
         job_id: str,
@@ -347,6 +376,26 @@ class TrainerClient(Client):
         """Starts a failed or cancelled job again from its last checkpoint. Raises NOT_FOUND, JOB_STATE."""
         request = trainer_pb2.ResumeJobRequest(job_id=job_id)
         return job_from_proto(self._call(self._stub.ResumeJob, request, timeout).job)
+
+    def job_logs(
+        self,
+        job_id: str,
+        *,
+        follow: bool = False,
+        tail_lines: int | None = None,
+        node: int = 0,
+        timeout: float | None = None,
+    ) -> Generator[str, None, None]:
+        """Lines that a job's worker has printed; as `AsyncTrainerClient.job_logs`."""
+        request = trainer_pb2.ReadJobLogsRequest(job_id=job_id, tail_lines=tail_lines or 0, node=node)
+        while True:
+            page = self._call(self._stub.ReadJobLogs, request, timeout)
+            yield from page.lines
+            if page.ended or not (follow or page.lines):
+                return
+            request.page_token = page.next_page_token
+            if not page.lines:
+                time.sleep(_LOG_SECONDS)
 
     def watch_job(
         self,

@@ -345,8 +345,8 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class JobResources:
-    """What a job needs. 0 and empty mean: no limit, or the server's choice; without `processes_per_node` all processes are
-    on one node.
+    """What a job needs. 0 and empty mean: no limit, or the server's choice; without `processes_per_node` all processes
+    are on one node.
     """
 
     num_processes: int = 1

@@ -5,7 +5,9 @@ import this module only where it is needed.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +15,16 @@ import urllib3
 from kubernetes import client, config
 
 from steersman.cluster.explain import FIELD_MANAGER
-from steersman.cluster.port import JOBS, JOBSETS, Kind, kind_of
+from steersman.cluster.port import JOBS, JOBSETS, Kind, LogLine, kind_of
 from steersman.cluster.problem import ApiProblem, Asked, NoCluster, problem_of
 
 _CONNECT_SECONDS: Final = 5.0
 # More objects of one workload than this are not looked at.
 _MAX_OBJECTS: Final = 1000
+# A log that says nothing for so long is opened anew: a connection that died without a sign looks the same.
+_SILENCE_SECONDS: Final = 300.0
+# As far as clocks may differ.
+_CLOCK_SECONDS: Final = 300
 _MAX_LINE_BYTES: Final = 1024 * 1024
 _NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -112,10 +118,16 @@ class Cluster:
         return self._items("events", list_events, self.namespace, field_selector=f"involvedObject.uid={uid}")
 
     def logs(
-        self, pod: str, *, follow: bool = False, tail_lines: int | None = None, since_seconds: int | None = None
-    ) -> Iterator[str]:
+        self, pod: str, *, follow: bool = False, tail_lines: int | None = None, since: str = ""
+    ) -> Iterator[LogLine]:
         """See `ClusterApi`."""
-        wanted = {"tail_lines": tail_lines, "since_seconds": since_seconds}
+        wanted: dict[str, int] = {}
+        if since:
+            # Whole seconds before the server's now: more lines than are new, which are known by their times.
+            passed = datetime.now(UTC) - datetime.fromisoformat(since)
+            wanted["since_seconds"] = max(1, math.ceil(passed.total_seconds()) + _CLOCK_SECONDS)
+        elif tail_lines is not None:
+            wanted["tail_lines"] = tail_lines
         asked = Asked("get", "pods/log", pod)
         response = self._open(
             asked,
@@ -124,12 +136,14 @@ class Cluster:
             self.namespace,
             follow=follow,
             timestamps=True,
-            # A worker may be silent for as long as a step takes.
-            _request_timeout=(_CONNECT_SECONDS, None) if follow else self._timeout,
-            **{name: value for name, value in wanted.items() if value is not None},
+            _request_timeout=(_CONNECT_SECONDS, _SILENCE_SECONDS) if follow else self._timeout,
+            **wanted,
         )
         try:
-            yield from _lines(response)
+            for line in _lines(response):
+                moment, _, text = line.partition(" ")
+                if moment > since:
+                    yield LogLine(moment, text)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ApiProblem(0, f"the log broke off: {error}", asked=asked) from error
         finally:

@@ -71,6 +71,8 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
             return f"give this service's ServiceAccount a Role in {namespace} with {rule}"
         case 403:
             return "an admission policy of the cluster refuses it, and says why"
+        case 404 if problem.asked is not None and problem.asked.resource.startswith("jobsets."):
+            return "install the JobSet controller, or set kubernetes.jobset to false"
         case 404:
             return f"create the namespace {namespace}, or set kubernetes.namespace"
         case 409 if "conflict" in text:
@@ -83,7 +85,8 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
         case 400 | 422:
             return "a setting under kubernetes does not suit this cluster: the message names its field"
         case 429:
-            return "the API server is busy; it is asked again when it says"
+            when = f"in {problem.retry_after_seconds:.0f} s" if problem.retry_after_seconds else "later"
+            return f"the API server is busy: ask again {when}"
         case _:
             return "see the logs of the API server"
 
@@ -125,6 +128,11 @@ def standing(workload: Object, pods: Sequence[Object], events_of: Callable[[str]
         waits = (_pod_waits(newest[index], events_of) for index in sorted(newest))
         return Standing(alive=True, waiting=next(filter(None, waits), ""))
     return Standing(alive=True, waiting=_workload_waits(workload, conditions, events_of))
+
+
+def newest_pod(pods: Sequence[Object], node: int) -> Object | None:
+    """The newest pod of a node of a workload, None if there is none; `pods` are the oldest first."""
+    return next((pod for pod in reversed(pods) if _index(pod) == node), None)
 
 
 def _index(pod: Object) -> int:

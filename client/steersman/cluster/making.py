@@ -10,16 +10,17 @@ from steersman.cluster.port import ClusterApi, kind_of
 from steersman.cluster.problem import ApiProblem
 
 
-def make(api: ClusterApi, things: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Makes the first object, and the others as its own. Returns it. Asked again, it makes what is missing.
+def make(api: ClusterApi, things: Sequence[Mapping[str, Any]], *, patient: bool = True) -> dict[str, Any]:
+    """Makes the first object, and the others as its own. Returns it.
 
-    Raises ApiProblem. If one of the others is refused for good, the first is taken back.
+    Raises ApiProblem. If one of the others is refused for good, or the caller is not `patient` and will not ask again,
+    the first is taken back.
     """
     first = api.apply(things[0])
     try:
         make_rest(api, first, things[1:])
     except ApiProblem as problem:
-        if not is_transient(problem):
+        if not (patient and is_transient(problem)):
             with suppress(ApiProblem):  # the reason above is what matters
                 metadata = first["metadata"]
                 api.delete(kind_of(first), metadata["name"], metadata["uid"], wait_for_pods=False)

@@ -29,6 +29,8 @@ EXIT_STOPPED: Final = 143
 ENV_HANDLE: Final = "STEERSMAN_WORKER_HANDLE"
 # Environment of a worker that no trainer service has made a run folder for: the file that says what to run.
 ENV_SPEC: Final = "STEERSMAN_WORKER_SPEC"
+# Environment of a worker whose failure may come of the loss of another node: how many there are.
+ENV_NODES: Final = "STEERSMAN_WORKER_NODES"
 
 LABEL_JOB: Final = "steersman/job-id"
 LABEL_ATTEMPT: Final = "steersman/attempt"

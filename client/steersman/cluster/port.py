@@ -25,6 +25,14 @@ JOBSETS: Final = Kind("jobset.x-k8s.io", "v1alpha2", "jobsets")
 ADMISSIONS: Final = Kind("kueue.x-k8s.io", "v1beta1", "workloads")
 
 
+@dataclass(frozen=True)
+class LogLine:
+    """A line that a pod has printed, and when, as the kubelet writes it: texts that sort by time."""
+
+    moment: str
+    text: str
+
+
 def kind_of(thing: Mapping[str, Any]) -> Kind:
     """The kind of an object that runs pods."""
     return {"Job": JOBS, "JobSet": JOBSETS}[thing["kind"]]
@@ -68,10 +76,10 @@ class ClusterApi(Protocol):
         ...
 
     def logs(
-        self, pod: str, *, follow: bool = False, tail_lines: int | None = None, since_seconds: int | None = None
-    ) -> Iterator[str]:
-        """The lines that a pod has printed, each after the time of its printing and a space. With `follow` until the
-        pod ends, or the API server ends the stream.
+        self, pod: str, *, follow: bool = False, tail_lines: int | None = None, since: str = ""
+    ) -> Iterator[LogLine]:
+        """The lines that a pod has printed after the moment `since`. With `follow` until the pod ends, or the API
+        server ends the stream.
         """
         ...
 

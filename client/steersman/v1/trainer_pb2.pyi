@@ -190,6 +190,28 @@ class WatchJobRequest(_message.Message):
     after_sequence: int
     def __init__(self, job_id: _Optional[str] = ..., after_sequence: _Optional[int] = ...) -> None: ...
 
+class ReadJobLogsRequest(_message.Message):
+    __slots__ = ("job_id", "page_token", "tail_lines", "node")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TAIL_LINES_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    page_token: str
+    tail_lines: int
+    node: int
+    def __init__(self, job_id: _Optional[str] = ..., page_token: _Optional[str] = ..., tail_lines: _Optional[int] = ..., node: _Optional[int] = ...) -> None: ...
+
+class ReadJobLogsResponse(_message.Message):
+    __slots__ = ("lines", "next_page_token", "ended")
+    LINES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    lines: _containers.RepeatedScalarFieldContainer[str]
+    next_page_token: str
+    ended: bool
+    def __init__(self, lines: _Optional[_Iterable[str]] = ..., next_page_token: _Optional[str] = ..., ended: bool = ...) -> None: ...
+
 class StepMetrics(_message.Message):
     __slots__ = ("step", "values")
     class ValuesEntry(_message.Message):

@@ -65,6 +65,11 @@ class TrainerServiceStub(object):
                 request_serializer=steersman_dot_v1_dot_trainer__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=steersman_dot_v1_dot_trainer__pb2.WatchJobResponse.FromString,
                 _registered_method=True)
+        self.ReadJobLogs = channel.unary_unary(
+                '/steersman.v1.TrainerService/ReadJobLogs',
+                request_serializer=steersman_dot_v1_dot_trainer__pb2.ReadJobLogsRequest.SerializeToString,
+                response_deserializer=steersman_dot_v1_dot_trainer__pb2.ReadJobLogsResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer(object):
@@ -115,6 +120,14 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadJobLogs(self, request, context):
+        """Returns lines that a job's worker has printed. Whoever follows a log asks again with next_page_token.
+        Errors: NOT_FOUND (NOT_FOUND), INVALID_ARGUMENT (INVALID_FIELD), UNAVAILABLE (ENGINE_UNAVAILABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +160,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.WatchJob,
                     request_deserializer=steersman_dot_v1_dot_trainer__pb2.WatchJobRequest.FromString,
                     response_serializer=steersman_dot_v1_dot_trainer__pb2.WatchJobResponse.SerializeToString,
+            ),
+            'ReadJobLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadJobLogs,
+                    request_deserializer=steersman_dot_v1_dot_trainer__pb2.ReadJobLogsRequest.FromString,
+                    response_serializer=steersman_dot_v1_dot_trainer__pb2.ReadJobLogsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -312,6 +330,33 @@ class TrainerService(object):
             '/steersman.v1.TrainerService/WatchJob',
             steersman_dot_v1_dot_trainer__pb2.WatchJobRequest.SerializeToString,
             steersman_dot_v1_dot_trainer__pb2.WatchJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadJobLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steersman.v1.TrainerService/ReadJobLogs',
+            steersman_dot_v1_dot_trainer__pb2.ReadJobLogsRequest.SerializeToString,
+            steersman_dot_v1_dot_trainer__pb2.ReadJobLogsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -178,6 +178,28 @@ async def test_a_worker_that_died_fails_its_job_with_its_last_words(service: Fix
     assert "RuntimeError: no such data set" in job.error
 
 
+async def test_the_log_of_a_job_is_that_of_its_pods(service: Fixture) -> None:
+    await service.client.create_job("sft", {}, job_id="first")
+    assert [line async for line in service.client.job_logs("first")] == []
+    pod = service.cluster.add_pod("steersman-first-1", {"phase": "Running"})
+    service.begin("first")
+    service.cluster.log(pod, "one", "two")
+    assert [line async for line in service.client.job_logs("first")] == ["one", "two"]
+    assert [line async for line in service.client.job_logs("first", tail_lines=1)] == ["two"]
+    lines = service.client.job_logs("first", follow=True)
+    assert [await anext(lines), await anext(lines)] == ["one", "two"]
+    # The pod is replaced; its successor's lines follow.
+    service.cluster.set_pod(pod, {"phase": "Failed"})
+    again = service.cluster.add_pod("steersman-first-1", {"phase": "Running"})
+    service.cluster.log(again, "three")
+    assert await anext(lines) == "three"
+    service.worker.move("first", JobState.SUCCEEDED)
+    assert [line async for line in lines] == []
+    service.cluster.refuse("get pods/log", Refusal(403, 'cannot get resource "pods/log" in API group ""'))
+    with pytest.raises(SteersmanError, match=r"resources: \['pods/log'\], verbs: \['get'\]"):
+        await anext(service.client.job_logs("first"))
+
+
 async def test_the_next_service_goes_on_with_the_same_job(service: Fixture) -> None:
     await service.client.create_job("sft", {}, job_id="first")
     service.cluster.add_pod("steersman-first-1", {"phase": "Running"})

@@ -126,14 +126,16 @@ async def test_a_failure_that_follows_a_loss_is_none(pods: Pods) -> None:
     assert await codes(running) == [0, 0, 0]
 
 
-async def test_a_node_that_is_told_to_end_leaves_and_the_others_stay(pods: Pods) -> None:
+@pytest.mark.parametrize("status", [STOPPED, 0], ids=["lead", "follower"])
+async def test_a_node_that_is_told_to_end_leaves_and_the_others_stay(pods: Pods, status: int) -> None:
     running = await pods.start_all()
     await pods.until("1-0.began", "1-1.began", "1-2.began")
     running[1].terminate()
     await pods.until("1-1.told")
     # Workers agree: all write the checkpoint and end as they were told to.
-    for node in range(3):
-        pods.tell(f"1-{node}", str(STOPPED))
+    pods.tell("1-0", str(STOPPED))
+    pods.tell("1-1", str(status))
+    pods.tell("1-2", "0")
     assert await codes([running[1]]) == [STOPPED]
     running[1] = await pods.start(1)
     await pods.until("2-0.began", "2-1.began", "2-2.began")

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from overlays import K8S, OVERLAYS, Overlay, matches
 
+from steersman.cluster.objects import Workload, workload_objects
+from steersman.cluster.resources import JobResources
 from steersman.trainer.discovery.address import parse_address
-from steersman.trainer.jobs.kubernetes.manifest import Workload, job_manifest
-from steersman.trainer.jobs.model import JobResources
 from steersman.trainer.jobs.settings import TrainerSettings
 from steersman.trainer.stages.ppo_config import PpoConfig
 
@@ -30,7 +30,7 @@ def job_of(overlay: Overlay, folder: Path, monkeypatch: pytest.MonkeyPatch) -> d
         user=10001,
         group=10001,
     )
-    return job_manifest(workload, settings.kubernetes, namespace="steersman")
+    return workload_objects(workload, settings.kubernetes, namespace="steersman")[0]
 
 
 def test_a_service_selects_the_pods_of_its_deployment_alone(overlay: Overlay, tmp_path, monkeypatch) -> None:
@@ -59,6 +59,21 @@ def test_all_but_the_trainer_have_a_disruption_budget(overlay: Overlay) -> None:
     assert set(overlay.of("PodDisruptionBudget")) == {"policy", "reference", "reward"}
 
 
+def test_training_jobs_give_way_to_servers(overlay: Overlay, tmp_path, monkeypatch) -> None:
+    classes = overlay.of("PriorityClass")
+    named = {pod["spec"].get("priorityClassName") for pod in overlay.pods().values()}
+    jobs = job_of(overlay, tmp_path, monkeypatch)["spec"]["template"]["spec"].get("priorityClassName")
+    if overlay.name == "dev":
+        assert (classes, named, jobs) == ({}, {None}, None)
+        return
+    assert named | {jobs} == set(classes) == {"steersman-serving", "steersman-training"}
+    assert jobs == "steersman-training"
+    assert 0 < classes[jobs]["value"] < classes["steersman-serving"]["value"] < 1_000_000_000
+    assert classes[jobs]["preemptionPolicy"] == "Never"
+    # Of the whole cluster: a namespace is refused.
+    assert all("namespace" not in one["metadata"] for one in classes.values())
+
+
 def test_the_trainer_is_one(overlay: Overlay) -> None:
     spec = overlay.of("Deployment")["trainer"]["spec"]
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
@@ -70,6 +85,7 @@ def test_rights_are_those_that_are_needed(overlay: Overlay) -> None:
         "trainer": [
             {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "list", "create", "patch", "delete"]},
             {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "delete"]},
+            {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
             {"apiGroups": [""], "resources": ["events"], "verbs": ["list"]},
         ],
         "training-job": [

@@ -22,6 +22,7 @@ _STEERSMAN: Final[dict[str, dict[str, Role | None]]] = {
         "GetJob": None,
         "ListJobs": None,
         "WatchJob": None,
+        "ReadJobLogs": Role.MANAGE_JOBS,
     },
     "WeightService": {
         "GetWeightState": None,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from steersman.trainer.jobs.launcher import LocalLauncher, WorkerStatus, process_handle
+from steersman.trainer.jobs.launcher import MAX_LOG_BYTES, LocalLauncher, LogPart, WorkerStatus, process_handle
 from steersman.trainer.jobs.model import JobResources
+from steersman.wire.errors import SteersmanError
 
 SLEEPER = (sys.executable, "-c", "import sys, time; print('up', sys.argv[1], flush=True); time.sleep(600)")
 
@@ -99,3 +100,27 @@ def test_cpus_beyond_the_machine_are_refused() -> None:
         assert violation.field == "spec.resources.cpus_per_process"
         assert violation.description.endswith("of this machine")
     assert LocalLauncher().check(JobResources(cpus_per_process=0.5)) == []
+
+
+async def test_a_log_is_read_on_from_where_it_was_left(tmp_path: Path) -> None:
+    launcher = LocalLauncher()
+    assert (await launcher.read_log("", tmp_path, LogPart())).lines == ()
+    log = tmp_path / "log.txt"
+    log.write_text("one\ntwo\nthr")
+    first = await launcher.read_log("", tmp_path, LogPart())
+    assert first.lines == ["one", "two"]
+    log.write_text("one\ntwo\nthree\n")
+    assert (await launcher.read_log("", tmp_path, LogPart(cursor=first.cursor))).lines == ["three"]
+    last = await launcher.read_log("", tmp_path, LogPart(tail_lines=1))
+    assert last.lines == ["three"]
+    assert (await launcher.read_log("", tmp_path, LogPart(cursor=last.cursor))).lines == []
+    with pytest.raises(SteersmanError, match="page_token"):
+        await launcher.read_log("", tmp_path, LogPart(cursor="-1"))
+
+
+async def test_a_long_log_comes_in_pieces(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("x" * (MAX_LOG_BYTES - 5) + "\n" + "y" * 10 + "\n")
+    first = await LocalLauncher().read_log("", tmp_path, LogPart())
+    assert (first.more, len(first.lines)) == (True, 1)
+    second = await LocalLauncher().read_log("", tmp_path, LogPart(cursor=first.cursor))
+    assert (second.more, second.lines) == (False, ["y" * 10])

@@ -1,6 +1,7 @@
-"""An API server for Jobs, pods and events of the namespace `rl` over real HTTP, as the Kubernetes documentation has it:
-server-side apply with its conflicts and immutable fields, deletion in the foreground and background, preconditions. The
-controllers are played by the test. Refusals on request.
+"""An API server for the namespace `rl` over real HTTP, as the Kubernetes documentation has it: Jobs, JobSets, Services,
+Kueue's Workloads, pods with their logs, and events; server-side apply with its conflicts and immutable fields, merge
+patches, deletion in the foreground and background with what objects own, preconditions. The controllers are played by
+the test. Refusals on request.
 """
 
 import copy
@@ -24,7 +25,18 @@ REASONS = {
     500: "InternalError",
     503: "ServiceUnavailable",
 }
-GROUPS = {"jobs": "/apis/batch/v1/namespaces/rl/", "pods": "/api/v1/namespaces/rl/", "events": "/api/v1/namespaces/rl/"}
+CORE = "/api/v1/namespaces/rl/"
+GROUPS = {
+    "jobs": "/apis/batch/v1/namespaces/rl/",
+    "jobsets": "/apis/jobset.x-k8s.io/v1alpha2/namespaces/rl/",
+    "workloads": "/apis/kueue.x-k8s.io/v1beta1/namespaces/rl/",
+    "services": CORE,
+    "pods": CORE,
+    "events": CORE,
+}
+# Of what a list of objects, and RBAC, call them.
+RBAC_GROUPS = {"jobs": "batch", "jobsets": "jobset.x-k8s.io", "workloads": "kueue.x-k8s.io"}
+OPTIONAL = {"jobsets", "workloads"}
 NOW = "2026-01-01T00:00:00Z"
 
 
@@ -35,13 +47,29 @@ class _Server(ThreadingHTTPServer):
         """A client that goes away is none."""
 
 
+def _merge(held: dict[str, Any], changes: dict[str, Any]) -> None:
+    """A JSON merge patch (RFC 7386)."""
+    for key, value in changes.items():
+        if value is None:
+            held.pop(key, None)
+        elif isinstance(value, dict):
+            _merge(held.setdefault(key, {}), value)
+        else:
+            held[key] = value
+
+
 class JobApiServer:
     """Use as a context manager. `requests` tells what was asked: "list jobs", "patch jobs NAME"."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._uids = itertools.count(1)
-        self.objects: dict[str, dict[str, dict[str, Any]]] = {"jobs": {}, "pods": {}, "events": {}}
+        self.objects: dict[str, dict[str, dict[str, Any]]] = {resource: {} for resource in GROUPS}
+        # Custom resources whose definitions are there.
+        self.installed = set(OPTIONAL)
+        # Lines that pods have printed, each with its time, and streams of them that are cut.
+        self.logs: dict[str, list[tuple[str, str]]] = {}
+        self.rights: set[tuple[str, str, str]] = set()
         self.requests: list[str] = []
         self.refusals: dict[str, list[Refusal]] = {}
         self.deletions: list[dict[str, Any]] = []
@@ -84,14 +112,29 @@ class JobApiServer:
         with self._lock:
             return copy.deepcopy(self.objects["jobs"][name])
 
+    def log(self, pod: str, *lines: str) -> None:
+        """The container of a pod prints."""
+        with self._lock:
+            printed = self.logs.setdefault(pod, [])
+            for line in lines:
+                printed.append((f"2026-01-01T00:00:{len(printed):02d}.000000000Z", line))
+
     # What controllers do.
 
-    def add_pod(self, job: str, status: dict[str, Any]) -> str:
-        """The Job controller makes a pod. Returns its name."""
+    def add_pod(self, job: str, status: dict[str, Any], *, index: int | None = None) -> str:
+        """The Job controller makes a pod; the JobSet's, through a Job that is not seen here. Returns its name."""
         with self._lock:
             uid = f"uid-{next(self._uids)}"
-            owner = self.objects["jobs"][job]["metadata"]["uid"]
-            labels = {"batch.kubernetes.io/controller-uid": owner, "batch.kubernetes.io/job-name": job}
+            kind = "jobs" if job in self.objects["jobs"] else "jobsets"
+            held = self.objects[kind][job]
+            owner, spec = held["metadata"]["uid"], held["spec"]
+            own = "batch.kubernetes.io/controller-uid" if kind == "jobs" else "jobset.sigs.k8s.io/jobset-uid"
+            if kind == "jobsets":
+                spec = spec["replicatedJobs"][0]["template"]["spec"]
+            labels = dict(spec["template"]["metadata"]["labels"])
+            labels |= {own: owner, "batch.kubernetes.io/job-name": job}
+            if index is not None:
+                labels["batch.kubernetes.io/job-completion-index"] = str(index)
             name = f"{job}-{uid}"
             metadata = {"name": name, "namespace": "rl", "uid": uid, "labels": labels, "creationTimestamp": uid}
             self.objects["pods"][name] = {"metadata": metadata, "status": status}
@@ -106,12 +149,13 @@ class JobApiServer:
         with self._lock:
             owner = self.objects["pods"].pop(name)["metadata"]["labels"]["batch.kubernetes.io/job-name"]
             if self.objects["jobs"].get(owner, {"metadata": {}})["metadata"].get("deletionTimestamp"):
-                del self.objects["jobs"][owner]
+                self._remove("jobs", owner)
 
     def set_condition(self, job: str, kind: str, **details: str) -> None:
         with self._lock:
             condition = {"type": kind, "status": "True"} | details
-            self.objects["jobs"][job].setdefault("status", {}).setdefault("conditions", []).append(condition)
+            plural = "jobs" if job in self.objects["jobs"] else "jobsets"
+            self.objects[plural][job].setdefault("status", {}).setdefault("conditions", []).append(condition)
 
     def add_event(self, uid: str, reason: str, message: str) -> None:
         with self._lock:
@@ -126,16 +170,34 @@ class JobApiServer:
 
     # What the API server does.
 
-    def _apply(self, name: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        held = self.objects["jobs"].get(name)
+    def _remove(self, resource: str, name: str) -> None:
+        """An object goes, and what it owns by the garbage collector."""
+        uid = self.objects[resource].pop(name)["metadata"]["uid"]
+        for things in self.objects.values():
+            for owned, one in list(things.items()):
+                if any(owner["uid"] == uid for owner in one["metadata"].get("ownerReferences") or ()):
+                    del things[owned]
+
+    def _change(self, resource: str, name: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        held = self.objects[resource].get(name)
+        if held is None:
+            return 404, status_object(404, "NotFound", f'{resource} "{name}" not found')
+        if asked["metadata"].get("uid") != held["metadata"]["uid"]:
+            message = f'Operation cannot be fulfilled on {resource} "{name}": Precondition failed: UID in precondition'
+            return 409, status_object(409, "Conflict", message)
+        _merge(held, asked)
+        return 200, held
+
+    def _apply(self, resource: str, name: str, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        held = self.objects[resource].get(name)
         if held is None:
             metadata = asked["metadata"] | {"uid": f"uid-{next(self._uids)}", "creationTimestamp": NOW}
-            held = self.objects["jobs"][name] = asked | {"metadata": metadata, "status": {}}
+            held = self.objects[resource][name] = asked | {"metadata": metadata, "status": {}}
             return 201, held
         if held["metadata"].get("managedFields"):
             message = 'Apply failed with 1 conflict: conflict with "kubectl-create" using batch/v1: .spec.backoffLimit'
             return 409, status_object(409, "Conflict", message)
-        if held["spec"]["template"] != asked["spec"]["template"]:
+        if resource == "jobs" and held["spec"]["template"] != asked["spec"]["template"]:
             message = f'Job.batch "{name}" is invalid: spec.template: Invalid value: {{}}: field is immutable'
             return 422, status_object(422, "Invalid", message)
         return 200, held
@@ -150,16 +212,16 @@ class JobApiServer:
             message = f"the UID in the precondition ({wanted}) does not match the UID in record"
             return 409, status_object(409, "Conflict", message)
         held["metadata"]["deletionTimestamp"] = NOW
-        if resource == "jobs":
+        if resource in ("jobs", "jobsets"):
             owned = [
                 pod
                 for pod in self.objects["pods"].values()
-                if pod["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] == held["metadata"]["uid"]
+                if held["metadata"]["uid"] in pod["metadata"]["labels"].values()
             ]
             for pod in owned:
                 pod["metadata"]["deletionTimestamp"] = NOW
             if not owned or options["propagationPolicy"] == "Background":
-                del self.objects["jobs"][name]
+                self._remove(resource, name)
         return 200, held
 
     def _list(self, resource: str, query: dict[str, str]) -> dict[str, Any]:
@@ -195,19 +257,31 @@ class JobApiServer:
                 query = {key: values[0] for key, values in parse_qs(url.query).items()}
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
                 resource, name = server._place(url.path)
+                if name.endswith("/log"):
+                    self._log(name.removesuffix("/log"), query)
+                    return
                 verb = "list" if verb == "get" and not name else verb
+                merge = self.headers["Content-Type"] == "application/merge-patch+json"
+                group = RBAC_GROUPS.get(resource, "")
+                server.rights.add((group, resource, verb))
                 with server._lock:
                     server.requests.append(f"{verb} {resource} {name}".strip())
                     waiting = server.refusals.get(f"{verb} {resource}")
                     if waiting:
                         self._refuse(waiting.pop(0))
                         return
-                    if verb == "patch":
+                    if resource in OPTIONAL - server.installed:
+                        code, document = 404, status_object(404, "NotFound", "the server could not find the resource")
+                    elif verb == "patch" and merge:
+                        code, document = server._change(resource, name, body)
+                    elif verb == "patch":
                         assert self.headers["Content-Type"] == "application/apply-patch+yaml"
                         assert query["fieldManager"] == "steersman"
                         assert query["force"].lower() == "false"
                         assert body["metadata"]["name"] == name
-                        code, document = server._apply(name, body)
+                        if name not in server.objects[resource]:
+                            server.rights.add((group, resource, "create"))
+                        code, document = server._apply(resource, name, body)
                     elif verb == "delete":
                         code, document = server._delete(resource, name, body)
                     elif verb == "list":
@@ -218,6 +292,25 @@ class JobApiServer:
                         code, document = 404, status_object(404, "NotFound", f'{resource} "{name}" not found')
                     data = json.dumps(document).encode()
                 self._whole(code, {}, data)
+
+            def _log(self, pod: str, query: dict[str, str]) -> None:
+                server.rights.add(("", "pods/log", "get"))
+                with server._lock:
+                    server.requests.append(f"log {pod}")
+                    waiting = server.refusals.get("get pods/log")
+                    printed = server.logs.get(pod)
+                if waiting:
+                    self._refuse(waiting.pop(0))
+                    return
+                if printed is None:
+                    message = f'container "worker" in pod "{pod}" is waiting to start: ContainerCreating'
+                    self._refuse(Refusal(400, message))
+                    return
+                assert query["timestamps"].lower() == "true"
+                assert int(query.get("sinceSeconds", 1)) > 0
+                count = int(query.get("tailLines", len(printed)))
+                text = "".join(f"{moment} {line}\n" for moment, line in printed[max(0, len(printed) - count) :])
+                self._whole(200, {"Content-Type": "text/plain"}, text.encode())
 
             def _refuse(self, refusal: Refusal) -> None:
                 reason = REASONS.get(refusal.code, "Unknown")

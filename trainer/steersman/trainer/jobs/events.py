@@ -6,9 +6,10 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
+from steersman.cluster import lines
 from steersman.trainer.jobs.model import JobProgress, StepMetrics
 from steersman.trainer.jobs.store import JobStore
 
@@ -24,13 +25,16 @@ MAX_WAITING: Final = 10_000
 class EventWriter:
     """A `RunListener` that appends to the store from a thread of its own, so that training never waits for a disk.
 
+    With `echo` each is told as a line too (see `steersman.cluster.lines`), for those who see nothing but a log.
+
     Events are written in the order in which they came. Every step's metrics are kept; of progress, only the newest is
     kept between two writes.
     """
 
-    def __init__(self, store: JobStore, job_id: str) -> None:
+    def __init__(self, store: JobStore, job_id: str, *, echo: Callable[[str], object] | None = None) -> None:
         self._store = store
         self._job_id = job_id
+        self._echo = echo
         self._waiting: deque[JobProgress | StepMetrics] = deque()
         self._last = JobProgress()
         self._closing = False
@@ -101,4 +105,13 @@ class EventWriter:
             logger.warning("cannot record events, trying again", exc_info=True)
             time.sleep(1.0)
             return False
+        if self._echo is not None:
+            for event in events:
+                self._echo(lines.write(_told(event)))
         return True
+
+
+def _told(event: JobProgress | StepMetrics) -> lines.Told:
+    if isinstance(event, StepMetrics):
+        return lines.Told(step=event.step, metrics=event.values)
+    return lines.Told(step=event.step, total_steps=event.total_steps, message=event.message)

@@ -57,7 +57,18 @@ def write_job_file(run_directory: Path, job: JobFile) -> None:
 
 def read_job_file(run_directory: Path) -> JobFile:
     """Reads job.json. OSError or ValueError if it is not there or is none."""
-    values = json.loads((run_directory / JOB_FILE).read_text(encoding="utf-8"))
+    return parse_job_file(json.loads((run_directory / JOB_FILE).read_text(encoding="utf-8")))
+
+
+def parse_job_file(values: Mapping[str, Any]) -> JobFile:
+    """What job.json says. ValueError if it says something else."""
+    try:
+        return _parse(values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{JOB_FILE} is none: {error!r}") from error
+
+
+def _parse(values: Mapping[str, Any]) -> JobFile:
     spec = JobSpec(kind=JobKind(values["kind"]), config=values["config"], resources=JobResources(**values["resources"]))
     return JobFile(job_id=values["job_id"], spec=spec, database=values["database"])
 

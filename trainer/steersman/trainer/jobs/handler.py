@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from steersman.trainer.jobs import folder
-from steersman.trainer.jobs.launcher import Launcher
+from steersman.trainer.jobs.launcher import Launcher, LogLines, LogPart
 from steersman.trainer.jobs.model import (
     ACTIVE_STATES,
     RESUMABLE_STATES,
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 JOB_ID_PATTERN: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 MAX_PAGE_SIZE: Final = 1000
+MAX_TAIL_LINES: Final = 10_000
 DEFAULT_PAGE_SIZE: Final = 100
 # Thousands of file names; a job is sent whole whenever it is shown.
 MAX_SPEC_BYTES: Final = 256 * 1024
@@ -218,6 +219,18 @@ class JobsHandler:
             raise unavailable("the trainer service is stopping; the job goes on, watch it again")
         finally:
             self._num_watchers -= 1
+
+    async def read_log(self, job_id: str, part: LogPart) -> tuple[LogLines, bool]:
+        """Lines that a job's worker has printed, and whether there will be no more. Errors: NOT_FOUND, INVALID_FIELD,
+        ENGINE_UNAVAILABLE."""
+        if not 0 <= part.tail_lines <= MAX_TAIL_LINES:
+            raise invalid_field("tail_lines", part.tail_lines, f"0 to {MAX_TAIL_LINES}")
+        if part.node < 0:
+            raise invalid_field("node", part.node, "0 or more")
+        # The state first: what is read after it includes the last lines of a job that has ended.
+        job = await self.get(job_id)
+        lines = await self._launcher.read_log(job.handle, Path(job.run_directory), part)
+        return lines, not job.active and not lines.more
 
     async def count_by_state(self) -> dict[JobState, int]:
         """Active jobs by state, for the metrics."""

@@ -19,13 +19,16 @@ from typing import Final, Protocol
 
 import psutil
 
-from steersman.trainer.jobs.folder import LOG_FILE
+from steersman.trainer.jobs.folder import LOG_FILE, log_tail
 from steersman.trainer.jobs.model import JobResources, JobSpec
-from steersman.wire.errors import FieldViolation
+from steersman.wire.errors import FieldViolation, invalid_field
+from steersman.wire.limits import MIB
 
 # sysexits.h EX_TEMPFAIL: the worker found another worker in its run folder.
 EXIT_FOLDER_IN_USE: Final = 75
 REAP_SECONDS: Final = 10.0
+# Of one answer: far below what a message holds.
+MAX_LOG_BYTES: Final = MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,30 @@ class WorkerStatus:
     alive: bool
     ending: str = ""
     waiting: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogPart:
+    """Which lines of a log.
+
+    Attributes:
+        cursor: of the lines before; empty for the beginning.
+        tail_lines: only so many of the last, without a cursor; 0 for all.
+        node: of a job on several.
+    """
+
+    cursor: str = ""
+    tail_lines: int = 0
+    node: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLines:
+    """Lines of a log, and the cursor that the next ones follow; `more` if some are there already."""
+
+    lines: Sequence[str]
+    cursor: str
+    more: bool = False
 
 
 class LaunchRefused(OSError):
@@ -68,6 +95,9 @@ class Launcher(Protocol):
 
     async def kill(self, handle: str) -> None:
         """Ends the worker and its children at once. Nothing happens if it has ended."""
+
+    async def read_log(self, handle: str, run_directory: Path, part: LogPart) -> LogLines:
+        """Lines that a worker has printed. ENGINE_UNAVAILABLE if they cannot be read now."""
 
 
 class LocalLauncher:
@@ -155,6 +185,30 @@ class LocalLauncher:
         """See `Launcher`."""
         if (pid := _find(handle)) is not None:
             _send(os.killpg, pid, signal.SIGKILL)
+
+    async def read_log(self, handle: str, run_directory: Path, part: LogPart) -> LogLines:
+        """See `Launcher`: lines of log.txt; the cursor is a place in bytes."""
+        if part.cursor and not (part.cursor.isascii() and part.cursor.isdigit() and len(part.cursor) < 19):
+            raise invalid_field("page_token", part.cursor, "the next_page_token of the answer before")
+        return await asyncio.to_thread(_read_log, run_directory / LOG_FILE, int(part.cursor or 0), part.tail_lines)
+
+
+def _read_log(path: Path, place: int, tail_lines: int) -> LogLines:
+    """Whole lines from a place on, a bounded piece of them."""
+    if tail_lines and not place:
+        lines = log_tail(path.parent, tail_lines).splitlines()
+        size = path.stat().st_size if path.exists() else 0
+        return LogLines(lines=lines, cursor=str(size))
+    try:
+        with path.open("rb") as file:
+            file.seek(place)
+            data = file.read(MAX_LOG_BYTES)
+            more = len(data) == MAX_LOG_BYTES
+    except FileNotFoundError:
+        return LogLines(lines=(), cursor=str(place))
+    # A line under way waits for its end, unless nothing else fits.
+    whole = data if more and b"\n" not in data else data[: data.rfind(b"\n") + 1]
+    return LogLines(lines=whole.decode(errors="replace").splitlines(), cursor=str(place + len(whole)), more=more)
 
 
 def process_handle(pid: int) -> str:

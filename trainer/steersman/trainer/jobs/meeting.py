@@ -119,6 +119,8 @@ class Coordinator:
         self._lines: dict[int, Line] = {}
         self._working: set[int] = set()
         self._codes: dict[int, int] = {}
+        # Told to end by Kubernetes, and not gone yet.
+        self._leaving: set[int] = set()
         self._round = 0
         # When to do without what is waited for: a node, or proof that a failure had its cause elsewhere.
         self._deadline = time.monotonic() + patience.join
@@ -161,8 +163,9 @@ class Coordinator:
     async def _take(self, event: _Event) -> bool:
         """Whether the meeting is over."""
         if event.joined:
-            if (before := self._lines.get(event.node)) is not None:
+            if (before := self._lines.pop(event.node, None)) is not None:
                 before.close()  # its pod was replaced before its silence was noticed
+                self._leaving.discard(event.node)
                 await self._lose(event.node)
             self._lines[event.node] = event.line
             missing = sorted(set(range(self._num_nodes)) - self._lines.keys())
@@ -171,12 +174,15 @@ class Coordinator:
             return False
         elif event.ended is None:
             del self._lines[event.node]
-            await self._lose(event.node)
+            if event.node in self._leaving:
+                self._leaving.discard(event.node)
+            else:
+                await self._lose(event.node)
         elif event.round == self._round:
             self._working.discard(event.node)
             self._codes[event.node] = event.ended
             if event.leaving:
-                del self._lines[event.node]
+                self._leaving.add(event.node)
             if event.ended not in (0, EXIT_STOPPED) and self._failed is None:
                 self._failed = (event.node, event.ended)
                 self._deadline = time.monotonic() + self._patience.settle
@@ -204,7 +210,7 @@ class Coordinator:
         self._deadline = time.monotonic() + self._patience.join
         if self._round and len(self._codes) == self._num_nodes and not any(self._codes.values()):
             return await self._end(0, "")
-        if len(self._lines) == self._num_nodes:
+        if len(self._lines) == self._num_nodes and not self._leaving:
             self._round += 1
             self._codes = {}
             self._working = set(self._lines)

@@ -24,9 +24,11 @@ from typing import Any, Final
 
 import psutil
 
-from steersman.cluster.objects import EXIT_STOPPED
+from steersman.cluster.objects import ENV_NODES, ENV_SPEC, EXIT_STOPPED
 from steersman.serving import logging as serving_logging
+from steersman.trainer.jobs import standalone
 from steersman.trainer.jobs.meeting import MAX_LINE_BYTES, Coordinator, Line, Patience, living
+from steersman.wire.errors import SteersmanError
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +106,15 @@ class Node:
         number = 0
         try:
             while True:
-                await asyncio.wait({heard, work or ending}, return_when=asyncio.FIRST_COMPLETED)
                 if work is None and ending.done():
-                    return EXIT_STOPPED
+                    return await self._leave(heard)
+                await asyncio.wait({heard, work or ending}, return_when=asyncio.FIRST_COMPLETED)
+                if work is None and not heard.done():
+                    continue
                 if work is not None and work.done():
                     code, work = work.result(), None
                     await line.send({"ended": code, "round": number, "leaving": ending.done()})
-                    if ending.done():
+                    if ending.done() and code != 0:
                         return code
                     continue
                 what = heard.result()
@@ -133,6 +137,12 @@ class Node:
                 if task is not None:
                     await _cancel(task)
 
+    async def _leave(self, heard: "asyncio.Task[dict[str, Any] | None]") -> int:
+        """This pod is to end, and its workers have. Had they nothing left to do, all may have ended well."""
+        await asyncio.wait({heard}, timeout=self.patience.beat)
+        what = heard.result() if heard.done() else None
+        return self._over(what) if what is not None and "over" in what else EXIT_STOPPED
+
     def _over(self, what: dict[str, Any]) -> int:
         code = int(what["over"])
         if code == 0:
@@ -144,7 +154,10 @@ class Node:
     async def _work(self, number: int | None) -> int:
         """One run of the command. Its exit status; cancelled, it ends the command first."""
         child = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+            env=dict(os.environ) | {ENV_NODES: str(self.place.num_nodes)},
         )
         logger.info("workers start", extra={"round": number or 1, "torchrun": child.pid})
         done = asyncio.create_task(child.wait())
@@ -245,6 +258,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         port=arguments.port,
         grace=arguments.grace,
     )
+    # Once, before any rank of any node looks for it.
+    if (spec := os.environ.get(ENV_SPEC)) and place.node == 0:
+        try:
+            if not standalone.prepare(Path(arguments.run_directory), Path(spec)):
+                return 0
+        except (OSError, ValueError, SteersmanError) as error:
+            logger.error("cannot use the run folder: %s", error)
+            return 1
     command = torchrun_command(place, str(Path(arguments.run_directory)))
     return asyncio.run(run_node(Node(place, command, Patience(join=arguments.join))))
 

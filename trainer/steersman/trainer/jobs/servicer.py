@@ -7,6 +7,7 @@ import grpc
 
 from steersman.trainer.jobs import convert
 from steersman.trainer.jobs.handler import JobsHandler
+from steersman.trainer.jobs.launcher import LogPart
 from steersman.v1 import trainer_pb2, trainer_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -64,3 +65,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         """Streams the events of a job until it ends."""
         async for event in self._handler.watch(request.job_id, request.after_sequence):
             yield convert.event_to_proto(event)
+
+    async def ReadJobLogs(  # type: ignore[override]  # noqa: N802
+        self, request: trainer_pb2.ReadJobLogsRequest, context: Context
+    ) -> trainer_pb2.ReadJobLogsResponse:
+        """Returns lines that a job's worker has printed."""
+        part = LogPart(cursor=request.page_token, tail_lines=request.tail_lines, node=request.node)
+        log, ended = await self._handler.read_log(request.job_id, part)
+        return trainer_pb2.ReadJobLogsResponse(lines=log.lines, next_page_token=log.cursor, ended=ended)

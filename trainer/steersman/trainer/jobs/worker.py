@@ -3,8 +3,9 @@
     own the run folder -> record itself as RUNNING -> run the stage -> record how it ended
 
 Invariant: the end is recorded once, as the last thing, while the folder is still owned; a worker that dies before is
-noticed by the service. SIGTERM asks the stage to write a checkpoint and return. Where a cluster started the worker, and
-takes its node away, the job is PENDING then, and the cluster starts it again.
+noticed by the service. Where torchrun started several, rank 0 does all this, and the others run the stage with it.
+SIGTERM asks the stage to write a checkpoint and return. Where a cluster started the worker, and takes its node away,
+the job is PENDING then, and the cluster starts it again.
 """
 
 import json
@@ -13,15 +14,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from steersman.cluster.objects import ENV_HANDLE, EXIT_STOPPED
+from steersman.cluster.objects import ENV_HANDLE, ENV_NODES, ENV_SPEC, EXIT_STOPPED
 from steersman.serving import logging as serving_logging
-from steersman.trainer.jobs import folder
+from steersman.trainer.distributed.world import SOLO, World, launched_rank, launched_size
+from steersman.trainer.jobs import folder, standalone
 from steersman.trainer.jobs.events import EventWriter
 from steersman.trainer.jobs.launcher import EXIT_FOLDER_IN_USE, process_handle
 from steersman.trainer.jobs.model import JobState
@@ -34,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
+
+# What the lead tells the other ranks first.
+_BEGIN: Final = "begin"
+_NOTHING_TO_DO: Final = "nothing to do"
 
 # The worker before may have recorded its end and not yet be gone; the service may be looking at the lock.
 OWN_PATIENCE_SECONDS: Final = 5.0
@@ -67,6 +74,16 @@ def main(argv: Sequence[str] | None = None, stages: Stages = STAGES) -> int:
     stop = StopFlag()
     serving_logging.configure("worker", os.environ.get("STEERSMAN_LOG_LEVEL", "info"), "text")
     directory = Path(arguments[0]).resolve()
+    # Under torchrun the node has made the folder ready, before all ranks.
+    if (spec := os.environ.get(ENV_SPEC)) and "RANK" not in os.environ:
+        try:
+            if not standalone.prepare(directory, Path(spec)):
+                return 0
+        except (OSError, ValueError, SteersmanError) as error:
+            logger.error("cannot use the run folder: %s", error)
+            return EXIT_FAILED
+    if launched_rank() > 0:
+        return _follow(directory, stop, stages)
     patience = CLUSTER_PATIENCE_SECONDS if ENV_HANDLE in os.environ else OWN_PATIENCE_SECONDS
     deadline = time.monotonic() + patience
     while True:
@@ -95,6 +112,9 @@ def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
         state, error_text = JobState.CANCELLED, ""
         if job.state is JobState.RUNNING:
             state, error_text = _run_stage(directory, job_file, store, stop, stages)
+        elif launched_size() > 1:
+            with _join() as world:
+                world.tell(_NOTHING_TO_DO)
         if state is JobState.CANCELLED and store.get(job.id).state is not JobState.CANCELLING:
             if cluster_handle:
                 store.move(job.id, JobState.PENDING, error="the cluster took its node; its checkpoint is written")
@@ -102,6 +122,10 @@ def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
                 return EXIT_STOPPED
             state = JobState.FAILED
             error_text = "the worker was told to stop (SIGTERM) by someone else than CancelJob; resume it to go on"
+        if state is JobState.FAILED and int(os.environ.get(ENV_NODES, "1")) > 1:
+            # It may have failed because another node was lost; then all begin again, else the end of the pods tells.
+            store.move(job.id, JobState.PENDING, error=error_text)
+            return EXIT_FAILED
         store.move(job.id, state, error=error_text)
         logger.info("job ends", extra={"job": job.id, "state": state})
         return EXIT_FAILED if state is JobState.FAILED else 0
@@ -113,29 +137,75 @@ def _run_stage(
     directory: Path, job_file: folder.JobFile, store: JobStore, stop: StopFlag, stages: Stages
 ) -> tuple[JobState, str]:
     """Runs the stage. Returns the state that the job ends in, and why if it failed."""
-    events = EventWriter(store, job_file.job_id)
+    # Whoever has no access to the run folder follows the log of the pod.
+    echo = _print_line if ENV_HANDLE in os.environ else None
+    events = EventWriter(store, job_file.job_id, echo=echo)
     events.on_progress(0, 0, "starting")
+    world: World = SOLO
     try:
-        # Imports torch, so not before it is sure that there is work.
-        from steersman.trainer.stages.run import Run
-
-        stage = stages[job_file.spec.kind]
-        config = stage.load_config_class().model_validate(dict(job_file.spec.config))
-        run_stage = stage.load_run()
-        with Run(directory, run_id=job_file.job_id, listener=events, stop_requested=stop) as run:
-            result = run_stage(config, run)
+        with ExitStack() as stack:
+            world = stack.enter_context(_join())
+            world.tell(_BEGIN)
+            result = _stage_of(directory, job_file, world, events, lambda: stop() or world.stop_asked(), stages)
     except SteersmanError as error:
         logger.exception("job failed")
-        return JobState.FAILED, _explain(error)
+        return JobState.FAILED, world.blame(_explain(error))
     except Exception as error:
         logger.exception("job failed")
-        return JobState.FAILED, f"{type(error).__name__}: {error}"
+        return JobState.FAILED, world.blame(f"{type(error).__name__}: {error}")
     finally:
         events.close()
     if _was_stopped(result, events, asked=stop()):
         return JobState.CANCELLED, ""
     folder.write_json(directory / folder.RESULT_FILE, _as_json(result))
     return JobState.SUCCEEDED, ""
+
+
+def _follow(directory: Path, stop: StopFlag, stages: Stages) -> int:
+    """Runs the stage beside the lead, which owns the folder and records the job. Returns the exit status."""
+    with _join() as world:
+        try:
+            if world.hear().name == _BEGIN:
+                _stage_of(directory, folder.read_job_file(directory), world, None, stop, stages)
+        except Exception as error:
+            text = _explain(error) if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
+            logger.exception("rank failed")
+            world.blame(text)
+            return EXIT_FAILED
+    return 0
+
+
+def _stage_of(
+    directory: Path,
+    job_file: folder.JobFile,
+    world: World,
+    listener: EventWriter | None,
+    stop_requested: Callable[[], bool],
+    stages: Stages,
+) -> object:
+    """What the stage returns."""
+    # Imports torch, so not before it is sure that there is work.
+    from steersman.trainer.stages.run import Run
+
+    stage = stages[job_file.spec.kind]
+    config = stage.load_config_class().model_validate(dict(job_file.spec.config))
+    run_stage = stage.load_run()
+    with Run(directory, run_id=job_file.job_id, listener=listener, stop_requested=stop_requested, world=world) as run:
+        return run_stage(config, run)
+
+
+def _join() -> AbstractContextManager[World]:
+    """The ranks that torchrun started; waits for all of them."""
+    if launched_size() == 1:
+        return nullcontext(SOLO)
+    from steersman.trainer.distributed.ranks import Ranks
+
+    return Ranks()
+
+
+def _print_line(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def _was_stopped(result: object, events: EventWriter, *, asked: bool) -> bool:

@@ -16,20 +16,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from steersman.cluster import objects
-from steersman.cluster.explain import explain_problem, is_over, is_transient, standing
+from steersman.cluster.explain import explain_problem, is_over, is_transient, newest_pod, standing
 from steersman.cluster.making import make, make_rest
 from steersman.cluster.objects import LABEL_ATTEMPT, LABEL_JOBSET_OWNER, LABEL_POD_OWNER, Workload
 from steersman.cluster.port import JOBS, JOBSETS, ClusterApi, Kind
 from steersman.cluster.problem import ApiProblem
 from steersman.cluster.settings import RESERVED_LABELS, KubernetesSettings, is_label_value, is_own_label
 from steersman.trainer.jobs import folder
-from steersman.trainer.jobs.launcher import LaunchRefused, WorkerStatus
+from steersman.trainer.jobs.launcher import LaunchRefused, LogLines, LogPart, WorkerStatus
 from steersman.trainer.jobs.model import JobResources, JobSpec
 from steersman.trainer.retry import Backoff
 from steersman.wire.errors import FieldViolation, unavailable
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 # Not 0: that takes the pod out of the API while its container may still run, and a next one would find the run in use.
 KILL_GRACE_SECONDS: Final = 1
 MAX_WAIT_SECONDS: Final = 60.0
+# Of one answer; a line has a few hundred bytes.
+MAX_LOG_LINES: Final = 2000
 MAX_NODES: Final = 1000
 MAX_PROCESSES_PER_NODE: Final = 64
 
@@ -124,6 +127,32 @@ class KubernetesLauncher:
         """See `Launcher`: deletes the Job, and its pods almost without grace."""
         if await asyncio.to_thread(self._delete, handle, wait_for_pods=False):
             self._seen.pop(handle, None)
+
+    async def read_log(self, handle: str, run_directory: Path, part: LogPart) -> LogLines:
+        """See `Launcher`: of the newest pod of a node; the cursor is that pod and the time of the last line."""
+        return await asyncio.to_thread(self._read_log, handle, part)
+
+    def _read_log(self, handle: str, part: LogPart) -> LogLines:
+        named = _parse(handle)
+        if named is None:
+            return LogLines(lines=(), cursor=part.cursor or "-")
+        self._pause.check()
+        pod, _, last = part.cursor.partition(" ")
+        try:
+            newest = newest_pod(self._api.pods(named.pod_labels), part.node)
+            if newest is None:
+                return LogLines(lines=(), cursor=part.cursor or "-")
+            name = newest["metadata"]["name"]
+            last = last if name == pod else ""
+            tail = part.tail_lines if part.tail_lines and not part.cursor else None
+            printed = self._api.logs(name, tail_lines=tail, since=last)
+            taken = list(islice(printed, MAX_LOG_LINES))
+        except ApiProblem as problem:
+            if problem.status in (400, 404):  # it has not started, or is gone
+                return LogLines(lines=(), cursor=part.cursor or "-")
+            raise unavailable(self._explain(problem)) from problem
+        cursor = f"{name} {taken[-1].moment if taken else last}"
+        return LogLines(lines=[one.text for one in taken], cursor=cursor, more=len(taken) == MAX_LOG_LINES)
 
     def _objects(self, job_id: str, run_directory: Path, spec: JobSpec, *, attempt: int) -> list[dict[str, Any]]:
         workload = Workload(
