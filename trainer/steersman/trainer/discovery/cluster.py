@@ -126,4 +126,3 @@ def _events(response: urllib3.HTTPResponse) -> Iterator[dict[str, Any]]:
             yield event
     if rest.strip():
         raise ValueError("it ended in the middle of an event")
-
