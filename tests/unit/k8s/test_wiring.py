@@ -9,7 +9,7 @@ from overlays import K8S, OVERLAYS, Overlay, matches
 
 from steersman.cluster.objects import Workload, workload_objects
 from steersman.cluster.resources import JobResources
-from steersman.trainer.discovery.address import parse_address
+from steersman.trainer.discovery.slices import DEFAULT_PORT_NAME
 from steersman.trainer.jobs.settings import TrainerSettings
 from steersman.trainer.stages.ppo_config import PpoConfig
 
@@ -180,14 +180,12 @@ def test_prometheus_finds_the_metrics_of_every_service(overlay: Overlay) -> None
 @pytest.mark.parametrize("path", JOB_FILES, ids=lambda path: path.parent.name)
 def test_example_jobs_call_services_that_exist(path: Path) -> None:
     config = PpoConfig.model_validate(yaml.safe_load(path.read_text()))
-    ports = {
-        name: yaml.safe_load((K8S / "base" / name / "service.yaml").read_text()) for name in ("reference", "reward")
-    }
-    for name, target in (("reference", config.services.reference), ("reward", config.services.reward)):
-        assert target == f"dns:///{name}:{ports[name]['spec']['ports'][0]['port']}"
-    for address in config.services.policies:
-        parse_address(address)
     assert tuple(config.services.policies) == ("k8s:///policy",)
+    assert (config.services.reference, config.services.reward) == ("k8s:///reference", "k8s:///reward")
+    # The name of the port that is taken where an address names none.
+    for name in ("policy", "reference", "reward"):
+        service = yaml.safe_load((K8S / "base" / name / "service.yaml").read_text())
+        assert DEFAULT_PORT_NAME in {port["name"] for port in service["spec"]["ports"]}
     encrypted = config.services.credentials is not None
     assert encrypted == (path.parent.name == "prod")
 
