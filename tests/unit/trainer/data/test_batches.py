@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steersman.trainer.data.batches import micro_batches, pad
+from steersman.trainer.data.batches import micro_batches, pad, passes, share_out
 from steersman.trainer.data.order import EpochOrder, split_indices
 
 
@@ -58,6 +58,45 @@ def test_micro_batches_put_like_lengths_together():
     assert micro_batches([], token_budget=1) == []
     with pytest.raises(ValueError, match="token_budget is 0"):
         micro_batches([1], token_budget=0)
+
+
+ITEMS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=1, max_size=40)
+
+
+@given(ITEMS, st.integers(1, 200), st.integers(1, 5))
+def test_ranks_make_as_many_passes_and_every_item_counts_once(items, token_budget, num_ranks):
+    lengths, rows = [item[0] for item in items], [item[1] for item in items]
+    of_ranks = [
+        passes(lengths, token_budget=token_budget, rows=rows, rank=rank, num_ranks=num_ranks)
+        for rank in range(num_ranks)
+    ]
+    assert len({len(made) for made in of_ranks}) == 1
+    counted = [item for made in of_ranks for one in made if one.counts for item in one.items]
+    assert sorted(counted) == list(range(len(items)))
+    for together in zip(*of_ranks, strict=True):
+        assert all(one.items for one in together)
+        assert len({one.sizes for one in together}) == 1
+        assert together[0].sizes == tuple(
+            (sum(rows[n] for n in one.items), max(lengths[n] for n in one.items)) for one in together
+        )
+    # What does not count is the least that there is.
+    idle = {tuple(one.items) for made in of_ranks for one in made if not one.counts}
+    least = min(length * count for length, count in items)
+    assert all(len(chosen) == 1 and lengths[chosen[0]] * rows[chosen[0]] == least for chosen in idle)
+
+
+@given(ITEMS, st.integers(1, 200))
+def test_on_one_rank_passes_are_the_micro_batches(items, token_budget):
+    lengths, rows = [item[0] for item in items], [item[1] for item in items]
+    made = passes(lengths, token_budget=token_budget, rows=rows, max_padding=30)
+    assert [one.items for one in made] == micro_batches(lengths, token_budget=token_budget, rows=rows, max_padding=30)
+    assert all(one.counts for one in made)
+
+
+def test_shares_cost_alike():
+    assert share_out([9, 1, 1, 1, 1, 5, 1, 1], 2) == [[0, 6], [1, 2, 3, 4, 5, 7]]
+    assert share_out([3], 3) == [[0], [], []]
+    assert share_out([4, 2, 3], 1) == [[0, 1, 2]]
 
 
 def test_padding_and_masks():

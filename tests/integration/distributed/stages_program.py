@@ -1,0 +1,127 @@
+"""Runs what FOLDER/plan.json lists, on the ranks that torchrun started or alone: stages, and updates of PPO."""
+
+import itertools
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_model import MODEL, VOCABULARY
+from torch.distributed import distributed_c10d
+
+from steersman.trainer.checkpoint.models import load_actor, load_scalar_head
+from steersman.trainer.checkpoint.source import ModelSource
+from steersman.trainer.distributed.world import World, launched_size
+from steersman.trainer.jobs.model import JobKind
+from steersman.trainer.jobs.registry import STAGES
+from steersman.trainer.rollout.types import FinishReason, Prompt, Rollout, VersionSpan, WeightVersion
+from steersman.trainer.stages.placement import place
+from steersman.trainer.stages.ppo_config import PpoConfig
+from steersman.trainer.stages.ppo_learner import PpoLearner
+from steersman.trainer.stages.run import Run
+
+UPDATES = 2
+
+
+def run_plan(folder: Path, directories: str, world: World) -> None:
+    """Each entry of the plan, into the directory of this name below that of the entry."""
+    for entry in json.loads((folder / "plan.json").read_text()):
+        directory = folder / entry["name"] / directories
+        if entry["kind"] == "updates":
+            run_updates(directory, entry["config"], world)
+        else:
+            run_stage(directory, entry, world, stop_after=entry.get("stop_after"))
+
+
+def run_stage(directory: Path, entry: dict[str, Any], world: World, *, stop_after: int | None = None) -> None:
+    """A stage to its end, or until the last rank alone is told to stop."""
+    stage = STAGES[JobKind(entry["kind"])]
+    config = stage.load_config_class().model_validate(entry["config"])
+    is_told = world.rank == world.size - 1 and stop_after is not None
+    with Run(
+        directory, run_id="test", stop_requested=after(stop_after) if is_told else lambda: False, world=world
+    ) as run:
+        stage.load_run()(config, run)
+
+
+def after(num_steps: int | None) -> Callable[[], bool]:
+    """Asked once a step: true from the step after `num_steps` on."""
+    asked = itertools.count()
+    return lambda: num_steps is not None and next(asked) >= num_steps
+
+
+def run_updates(directory: Path, changes: dict[str, Any], world: World) -> None:
+    """Some updates of actor and critic, from rollouts that are the same every time."""
+    settings = {"actor": {"config": MODEL}, "tokenizer": "unused", "prompts": {"files": ["unused"]}, "device": "cpu"}
+    rate = {"learning_rate": 3e-3, "schedule": "constant", "max_grad_norm": 0.5}
+    config = PpoConfig.model_validate(settings | {"optimizer": rate, "critic_optimizer": rate} | changes)
+    source, placement = ModelSource(config=MODEL), place("cpu", "float32")
+    actor, critic = load_actor(source), load_scalar_head(source)
+    learner = PpoLearner(
+        actor,
+        critic,
+        config,
+        world=world,
+        actor_scope=placement.settle(actor, world),
+        critic_scope=placement.settle(critic, world),
+    )
+    rows = [learner.update(rollouts(step), step=step, kl_coef=0.1) for step in range(UPDATES)]
+    whole = learner.whole_actor()
+    if whole is not None:
+        directory.mkdir(parents=True)
+        rows.append({name: float(p.detach().double().sum()) for name, p in whole.named_parameters()})
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rollouts(seed: int, count: int = 5) -> list[Rollout]:
+    """Of different lengths."""
+    generator = np.random.default_rng(seed)
+    version = WeightVersion(run_id="demo.1", step=0)
+    made = []
+    for index in range(count):
+        length = int(generator.integers(1, 12))
+        made.append(
+            Rollout(
+                prompt=Prompt(
+                    index=index,
+                    token_ids=generator.integers(3, VOCABULARY, generator.integers(1, 6)).astype(np.int32),
+                ),
+                sample=0,
+                response_ids=generator.integers(3, VOCABULARY, length).astype(np.int32),
+                behaviour_logprobs=generator.normal(-3.4, 0.3, length).astype(np.float32),
+                ref_logprobs=generator.normal(-3.4, 0.3, length).astype(np.float32),
+                weight_versions=(VersionSpan(version=version, start=0, end=length),),
+                score=float(generator.normal()),
+                finish_reason=FinishReason.STOP if index % 2 else FinishReason.LENGTH,
+            )
+        )
+    return made
+
+
+def forbid_pickle() -> None:
+    """Whatever would pickle, between ranks or to disk, fails."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something is pickled")
+
+    distributed_c10d._pickler = distributed_c10d._unpickler = refuse  # type: ignore[misc, assignment]
+    torch.save = torch.load = pickle.dump = pickle.dumps = pickle.load = pickle.loads = refuse  # type: ignore[assignment]
+
+
+def main(folder: Path) -> None:
+    """On the ranks of torchrun."""
+    torch.set_num_threads(1)
+    forbid_pickle()
+    assert launched_size() > 1
+    from steersman.trainer.distributed.ranks import Ranks
+
+    with Ranks() as world:
+        run_plan(folder, "ranks", world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
