@@ -28,9 +28,11 @@ from steersman.client import AsyncWeightClient, ChannelSettings, Push, PushRecei
 from steersman.trainer.weights.publisher import Publisher
 from steersman.trainer.weights.relay import RelayDelivery, RelaySettings
 from steersman.trainer.weights.routes import Topology
+from steersman.trainer.weights.settings import ActivationMode, PublishSettings
 from steersman.trainer.weights.sharded import ShardedWeights, shards_of
 
 CHUNK_BYTES = 16 * 1024
+SETTINGS = PublishSettings(activation=ActivationMode.ALL_OR_NOTHING)
 
 
 class Port(AsyncWeightClient):
@@ -78,7 +80,7 @@ async def main(rank: int, size: int, folder: str, topology: str, rows: int) -> N
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     sharded = ShardedWeights(connect)
     delivery = RelayDelivery(RelaySettings(topology=Topology(topology), stall_seconds=5.0))
-    publisher = Publisher(connect, run_id=RUN, delivery=delivery) if rank == 0 else None
+    publisher = Publisher(connect, run_id=RUN, delivery=delivery, settings=SETTINGS) if rank == 0 else None
     say({"pid": os.getpid()})
     while line := await asyncio.to_thread(sys.stdin.readline):
         [(command, argument)] = json.loads(line).items()

@@ -127,6 +127,19 @@ async def test_copies_of_a_shard_are_pushed_once_and_along_a_relay_that_breaks(t
         assert all(serves(node, 1) for node in nodes)
 
 
+class Counted(Fault):
+    """None: `received` is set when two streams have brought a chunk each."""
+
+    async def tap(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        number = 0
+        async for message in messages:
+            number += 1
+            self.count += number == 2
+            if self.count == 3:
+                self.received.set()
+            yield message
+
+
 @pytest.mark.parametrize("killed", [1, 0])
 async def test_a_rank_that_is_killed_in_mid_push_leaves_what_served_before(tmp_path: Path, killed: int) -> None:
     async with (
@@ -136,10 +149,13 @@ async def test_a_rank_that_is_killed_in_mid_push_leaves_what_served_before(tmp_p
         await trainer[0].do("targets", [node.target])
         await publish(trainer, 0)
         await trainer[killed].do("hold", 1)
+        tap = node.servicer.fault = Counted()
         pushing = [asyncio.create_task(rank.do("publish", 1)) for rank in trainer]
         if killed:
             await pushing[killed]
         assert await (trainer[1].heard() if killed else pushing[0]) == {"holding": True}
+        async with asyncio.timeout(SECONDS):
+            await tap.received.wait()
         assert node.store.pushing == version(1)
         trainer[killed].process.send_signal(signal.SIGKILL)
         await node.until_free()

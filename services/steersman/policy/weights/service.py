@@ -22,6 +22,9 @@ from steersman.wire.weights.messages import decode_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_ENDING_S: Final = 0.002
+"""When a connection breaks, grpc.aio first says that a stream has no more messages, and cancels its handler next."""
+
 _KV_POLICIES: Final[dict[int, KvCachePolicy | None]] = {
     weights_pb2.KV_CACHE_POLICY_UNSPECIFIED: None,
     weights_pb2.KV_CACHE_POLICY_KEEP: KvCachePolicy.KEEP,
@@ -83,6 +86,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
                         await self._store.write(push_id, message.chunk)
                         num_bytes += len(message.chunk.data)
                         num_chunks += 1
+                await asyncio.sleep(_ENDING_S)
                 relayed = await onward.finish()
         except asyncio.CancelledError:
             self._store.sender_gone(push_id)
