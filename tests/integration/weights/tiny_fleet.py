@@ -116,12 +116,9 @@ class Fleet:
         assert sample.finish_reason is FinishReason.LENGTH
         assert [span.version for span in sample.weight_versions] == list(versions)
         for span in sample.weight_versions:
-            expected = _logprobs(self._reference(span.version), prompt, sample.token_ids.tolist())
+            expected = logprobs_of(self.model, span.version, prompt, sample.token_ids.tolist())
             found = sample.logprobs[span.start : span.end]
             assert np.abs(expected[span.start : span.end] - found).max() < TOLERANCE
-
-    def _reference(self, version: WeightVersion) -> LlamaForCausalLM:
-        return _model_of(self.model, version)
 
     def _spec(self, target: str) -> ServiceSpec:
         arguments = ["--model", str(self.model), "--dtype", "float32", "--kv-cache-mib", "32", "--max-num-seqs", "8"]
@@ -241,9 +238,11 @@ def _model_of(folder: Path, version: WeightVersion) -> LlamaForCausalLM:
     return model.eval()
 
 
-def _logprobs(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """[num_tokens] log-probs of the tokens in one forward pass."""
+def logprobs_of(
+    folder: Path, version: WeightVersion, prompt: list[int], tokens: list[int]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """[num_tokens] log-probs of the tokens in one forward pass of a version."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        logits = _model_of(folder, version)(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
     found = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
     return found.numpy()
