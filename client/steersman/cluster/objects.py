@@ -280,6 +280,7 @@ def _command(workload: Workload, settings: KubernetesSettings) -> list[str]:
         *("--processes", str(resources.on_one_node)),
         *("--coordinator", coordinator),
         *("--port", str(settings.coordinator_port)),
+        *("--join", str(settings.join_seconds)),
         # Before the cluster kills the pod.
         *("--grace", str(max(1, settings.termination_grace_seconds - 5))),
         workload.run_directory,

@@ -194,6 +194,12 @@ class KubernetesSettings(BaseModel):
         le=65534,
         description="Port that the nodes of a job meet at, on its first pod; the next one is torchrun's.",
     )
+    join_seconds: int = Field(
+        3600,
+        ge=10,
+        le=604_800,
+        description="Time for all nodes of a job to come, at its beginning and after one was lost; then it fails.",
+    )
     jobset: bool = Field(
         False,
         description="Make jobs of several nodes as JobSets (jobset.x-k8s.io), where that controller is installed. "

@@ -13,7 +13,7 @@ from steersman.cluster import api as cluster
 from steersman.cluster.settings import KubernetesSettings
 from steersman.trainer.jobs.folder import JobFile, write_job_file
 from steersman.trainer.jobs.kubernetes.launcher import KubernetesLauncher
-from steersman.trainer.jobs.launcher import LaunchRefused, process_handle
+from steersman.trainer.jobs.launcher import LaunchRefused, WorkerStatus, process_handle
 from steersman.trainer.jobs.model import JobKind, JobResources, JobSpec
 from steersman.wire.errors import Reason, SteersmanError
 
@@ -418,3 +418,88 @@ def test_what_a_job_can_have(launcher: KubernetesLauncher) -> None:
         num_processes=1, gpus_per_process=1, image="mine/trainer:2", queue_name="q", labels={"a": "b"}
     )
     assert launcher.check(resources) == []
+
+
+def several_nodes(run: Path) -> JobResources:
+    resources = JobResources(num_processes=4, processes_per_node=2)
+    spec = JobSpec(kind=JobKind.PPO, config={}, resources=resources)
+    write_job_file(run, JobFile(job_id="ppo-1", spec=spec, database="../jobs.sqlite"))
+    return resources
+
+
+async def test_a_service_that_was_not_made_is_made_by_the_next_launch(
+    launcher: KubernetesLauncher, server: JobApiServer, run: Path
+) -> None:
+    resources = several_nodes(run)
+    server.refuse("patch services", Refusal(500, "etcd is away"))
+    with pytest.raises(SteersmanError) as caught:
+        await launcher.launch(run, resources)
+    assert caught.value.reason is Reason.ENGINE_UNAVAILABLE
+    launcher._pause._until = 0.0
+    handle = await launcher.launch(run, resources)
+    assert (server.jobs(), list(server.objects["services"])) == (["steersman-ppo-1-1"], ["steersman-ppo-1-1"])
+    # And goes with the Job.
+    await launcher.stop(handle)
+    assert server.objects["services"] == {}
+
+
+async def test_a_service_that_is_refused_takes_its_job_back(
+    launcher: KubernetesLauncher, server: JobApiServer, run: Path
+) -> None:
+    server.refuse("patch services", Refusal(403, "exceeded quota: team, requested: count/services=1"))
+    with pytest.raises(LaunchRefused, match="cannot patch services rl/steersman-ppo-1-1: .* ResourceQuota raised"):
+        await launcher.launch(run, several_nodes(run))
+    assert server.jobs() == []
+
+
+async def test_a_node_that_waits_is_told_before_those_that_run(
+    launcher: KubernetesLauncher, server: JobApiServer, run: Path
+) -> None:
+    handle = await launcher.launch(run, several_nodes(run))
+    server.add_pod("steersman-ppo-1-1", {"phase": "Running"}, index=0)
+    lost = server.add_pod("steersman-ppo-1-1", {"phase": "Failed", "reason": "Preempted"}, index=1)
+    unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+    pod = server.add_pod("steersman-ppo-1-1", {"phase": "Pending", "conditions": [unschedulable]}, index=1)
+    waiting = (await launcher.status(handle)).waiting
+    assert pod in waiting
+    assert lost not in waiting
+    server.set_pod(pod, {"phase": "Running"})
+    assert await launcher.status(handle) == WorkerStatus(alive=True)
+
+
+async def test_the_node_that_failed_is_blamed_not_those_that_followed(
+    launcher: KubernetesLauncher, server: JobApiServer, run: Path
+) -> None:
+    handle = await launcher.launch(run, several_nodes(run))
+
+    def ended(code: int, message: str) -> dict[str, Any]:
+        terminated = {"exitCode": code, "reason": "Error", "message": message}
+        return {"phase": "Failed", "containerStatuses": [{"name": "worker", "state": {"terminated": terminated}}]}
+
+    first = server.add_pod("steersman-ppo-1-1", ended(1, "CUDA error: an illegal memory access"), index=0)
+    server.add_pod("steersman-ppo-1-1", ended(143, "node 0 failed first"), index=1)
+    server.set_condition("steersman-ppo-1-1", "Failed", reason="BackoffLimitExceeded")
+    status = await launcher.status(handle)
+    assert f"exited with status 1 in pod {first}" in status.ending
+    assert "illegal memory access" in status.ending
+
+
+async def test_a_jobset_from_launch_to_end(server: JobApiServer, run: Path) -> None:
+    settings = KubernetesSettings(image="trainer:1", run_claim="runs", jobset=True, poll_seconds=1e-9)
+    api = cluster.connect(None, 5.0)
+    launcher = KubernetesLauncher(settings, api, user=1000, group=1000)
+    handle = await launcher.launch(run, several_nodes(run))
+    uid = server.objects["jobsets"]["steersman-ppo-1-1"]["metadata"]["uid"]
+    assert handle == f"rl/jobsets/steersman-ppo-1-1/{uid}"
+    assert await launcher.launch(run, several_nodes(run)) == handle
+    assert "JobSet steersman-ppo-1-1 has no pod yet" in (await launcher.status(handle)).waiting
+    pod = server.add_pod("steersman-ppo-1-1", {"phase": "Running"}, index=0)
+    assert await launcher.status(handle) == WorkerStatus(alive=True)
+    server.set_condition("steersman-ppo-1-1", "Failed", reason="FailedJobs", message="jobset failed")
+    assert not (await launcher.status(handle)).alive
+    await launcher.kill(handle)
+    assert server.objects["jobsets"] == {}
+    assert [one["resource"] for one in server.deletions] == ["jobsets", "pods"]
+    assert pod in [one["name"] for one in server.deletions]
+    assert "its JobSet rl/steersman-ppo-1-1 was deleted" in (await launcher.status(handle)).ending
+    api.close()

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from steersman.cluster.objects import Workload, object_name, workload_objects
 from steersman.cluster.resources import JobResources
 from steersman.cluster.settings import KubernetesSettings
+from steersman.trainer.jobs.node import Node, main
 
 BARE: dict[str, Any] = {"image": "registry.test/trainer:1", "run_claim": "runs"}
 FULL: dict[str, Any] = BARE | {
@@ -45,6 +46,20 @@ def manifest(settings: dict[str, Any], *, attempt: int = 1, job_id: str = "ppo-1
         group=2000,
     )
     return workload_objects(workload, KubernetesSettings(**settings), namespace="rl")[0]
+
+
+def several(settings: dict[str, Any], **resources: Any) -> list[dict[str, Any]]:
+    """The objects of a job of 2 nodes with 4 processes each."""
+    workload = Workload(
+        job_id="ppo-1",
+        kind="ppo",
+        run_directory="/data/runs/ppo-1",
+        resources=JobResources(num_processes=8, processes_per_node=4, **resources),
+        attempt=3,
+        user=1000,
+        group=2000,
+    )
+    return workload_objects(workload, KubernetesSettings(**settings), namespace="rl")
 
 
 def container(job: dict[str, Any]) -> dict[str, Any]:
@@ -177,3 +192,108 @@ def test_no_two_volumes_are_mounted_at_one_place(path: str) -> None:
     volumes = ({"mount_path": "/models", "claim": "models"}, {"mount_path": path, "claim": "more"})
     with pytest.raises(ValidationError, match=r"volumes\.1\.mount_path is .*another volume"):
         KubernetesSettings(**BARE, run_mount_path="/runs", volumes=volumes)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("settings", [BARE, FULL], ids=["bare", "full"])
+def test_several_nodes_are_an_indexed_job_and_the_names_of_its_pods(settings: dict[str, Any], version: str) -> None:
+    job, service = several(settings, gpus_per_process=1)
+    for thing in (job, service):
+        kubernetes_validate.validate(thing, version, strict=True)
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    # One failure is a failure of all: no backoff of its own for an index.
+    assert (spec["backoffLimit"], "backoffLimitPerIndex" in spec) == (0, False)
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["Ignore", "Ignore"]
+    pod = spec["template"]
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"] == "steersman-ppo-1-3"
+    assert service["spec"] | {"selector": None} == {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": None,
+    }
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+
+
+def test_the_command_of_several_nodes_is_one_that_a_node_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = container(several(BARE | {"termination_grace_seconds": 60, "join_seconds": 600})[0])["command"]
+    assert command[:4] == ["python", "-P", "-m", "steersman.trainer.jobs.node"]
+    taken: list[Node] = []
+
+    async def run_node(node: Node) -> int:
+        taken.append(node)
+        return 7
+
+    monkeypatch.setattr("steersman.trainer.jobs.node.run_node", run_node)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert main(command[4:]) == 7
+    (node,) = taken
+    assert (node.patience.join, node.place.grace) == (600.0, 55.0)
+    assert (node.place.node, node.place.num_nodes, node.place.num_processes) == (1, 2, 4)
+    assert (node.place.coordinator, node.place.port) == ("steersman-ppo-1-3-0.steersman-ppo-1-3", 29400)
+
+
+def test_one_node_with_several_processes_needs_no_names() -> None:
+    job = manifest(BARE, num_processes=4, gpus_per_process=1, cpus_per_process=2.0)
+    command = container(job)["command"]
+    assert command[command.index("--coordinator") + 1] == "127.0.0.1"
+    assert ("completionMode" in job["spec"], "subdomain" in job["spec"]["template"]["spec"]) == (False, False)
+    limits = container(job)["resources"]["limits"]
+    assert limits == {"cpu": "8000m", "memory": str(4 * 2**32), "nvidia.com/gpu": "4"}
+
+
+def test_a_jobset_wraps_the_same_pods() -> None:
+    job, _ = several(FULL)
+    (jobset,) = several(FULL | {"jobset": True})
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"] == job["metadata"]
+    spec = jobset["spec"]
+    assert spec["suspend"] is True
+    assert spec["network"] == {
+        "enableDNSHostnames": True,
+        "subdomain": "steersman-ppo-1-3",
+        "publishNotReadyAddresses": True,
+    }
+    assert spec["failurePolicy"] == {"maxRestarts": 0}
+    (replicated,) = spec["replicatedJobs"]
+    wrapped = replicated["template"]["spec"]
+    kubernetes_validate.validate(
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": wrapped}, "1.31", strict=True
+    )
+    assert set(job["spec"]) - set(wrapped) == {"suspend", "ttlSecondsAfterFinished"}
+    command = container({"spec": wrapped})["command"]
+    assert command[command.index("--coordinator") + 1] == "steersman-ppo-1-3-workers-0-0.steersman-ppo-1-3"
+    env = {one["name"]: one for one in container({"spec": wrapped})["env"]}
+    handle = "$(STEERSMAN_POD_NAMESPACE)/jobsets/$(STEERSMAN_POD_JOB)/$(STEERSMAN_POD_JOB_UID)"
+    assert env["STEERSMAN_WORKER_HANDLE"]["value"] == handle
+    uid = env["STEERSMAN_POD_JOB_UID"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert uid == "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"
+    # One node is a Job, whatever the settings.
+    assert manifest(FULL | {"jobset": True})["kind"] == "Job"
+
+
+def test_processes_of_one_pod_share_memory() -> None:
+    def shared(settings: dict[str, Any]) -> list[dict[str, Any]]:
+        job = several(settings)[0]
+        (found,) = [one for one in container(job)["volumeMounts"] if one["mountPath"] == "/dev/shm"] or [None]
+        volumes = job["spec"]["template"]["spec"]["volumes"]
+        return [one["emptyDir"] for one in volumes if found and one["name"] == found["name"]]
+
+    assert shared(BARE | {"shared_memory_bytes": 2**33}) == [{"medium": "Memory", "sizeLimit": str(2**33)}]
+    assert shared(BARE | {"shared_memory_bytes": 0}) == []
+    # A volume that the settings name stays.
+    assert shared(FULL) == [{"medium": "Memory", "sizeLimit": str(2**30)}]
+    mounts = [one["mountPath"] for one in container(manifest(BARE))["volumeMounts"]]
+    assert "/dev/shm" not in mounts
+
+
+def test_what_nodes_talk_over_and_need_besides() -> None:
+    job = several(BARE | {"network_interface": "eth0", "extra_resources": {"rdma/hca": "1"}})[0]
+    env = {one["name"]: one.get("value") for one in container(job)["env"]}
+    assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) == ("eth0", "eth0")
+    assert container(job)["resources"]["limits"]["rdma/hca"] == "1"
+
+
+def test_host_names_of_pods_fit() -> None:
+    name = object_name("a" * 63, 12345)
+    assert len(f"{name}-workers-0-9999") <= 63
