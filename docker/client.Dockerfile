@@ -19,7 +19,7 @@ COPY constraints.txt ./
 COPY pyproject.toml LICENSE ./
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     touch README.md \
-    && pip install ".[cli]" \
+    && pip install ".[kubernetes]" \
     && pip uninstall --yes steersman \
     && echo /opt/sources > "$(echo /opt/steersman/lib/python3*/site-packages)/steersman.pth"
 
