@@ -84,7 +84,9 @@ def version() -> str:
 
 
 def revision() -> str:
-    """The commit, with `-dirty` where files differ from it; `unknown` outside a repository."""
+    """The commit, with `-dirty` where files differ from it; `unknown` outside a repository, or without git."""
+    if shutil.which("git") is None:
+        return "unknown"
     done = subprocess.run(
         ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
         cwd=ROOT,
