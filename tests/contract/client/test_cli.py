@@ -112,6 +112,15 @@ class FakeTrainer(trainer_pb2_grpc.TrainerServiceServicer):
         self.state = trainer_pb2.JOB_STATE_CANCELLING
         return trainer_pb2.CancelJobResponse(job=self.job())
 
+    async def ReadJobLogs(
+        self, request: trainer_pb2.ReadJobLogsRequest, context: Any
+    ) -> trainer_pb2.ReadJobLogsResponse:
+        lines = ["step 1", "step 2", "done"]
+        begin = int(request.page_token or max(0, len(lines) - (request.tail_lines or len(lines))))
+        return trainer_pb2.ReadJobLogsResponse(
+            lines=lines[begin : begin + 1], next_page_token=str(begin + 1), ended=begin + 1 >= len(lines)
+        )
+
     async def WatchJob(self, request: Any, context: Any) -> Any:
         progress = trainer_pb2.JobProgress(step=1, total_steps=2, message="waits for policy")
         yield trainer_pb2.WatchJobResponse(sequence=1, progress=progress)
@@ -271,6 +280,10 @@ async def test_jobs(steersman: Any) -> None:
     assert "my-job" in listed.stdout
     assert (await steersman("jobs", "cancel", "my-job")).stdout == "my-job is cancelling\n"
     assert "my-job: succeeded" in (await steersman("jobs", "watch", "my-job")).stdout
+    assert (await steersman("jobs", "logs", "my-job", "--follow")).stdout == "step 1\nstep 2\ndone\n"
+    assert (await steersman("jobs", "logs", "my-job", "--tail", "1")).stdout == "done\n"
+    kept = await steersman("jobs", "delete", "my-job")
+    assert "--on kubernetes" in kept.stderr
     resumed = await steersman("jobs", "resume", "my-job")
     assert resumed.exit_code == 1
     assert resumed.stderr.startswith("error: UNIMPLEMENTED")

@@ -181,6 +181,17 @@ PENDING: list[tuple[dict[str, Any], list[str]]] = [
         },
         ['secret "hub-token" not found', "create the Secret", "kubernetes.env_from_secrets"],
     ),
+    *(
+        (
+            {"containerStatuses": [{"name": "worker", "state": {"waiting": {"reason": reason, "message": "no"}}}]},
+            [f"{reason}: no", advice],
+        )
+        for reason, advice in (
+            ("ErrImagePull", "kubernetes.image_pull_secrets"),
+            ("ErrImageNeverPull", "kubernetes.image_pull_policy"),
+            ("InvalidImageName", "kubernetes.image"),
+        )
+    ),
 ]
 
 
