@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
     if options.builder is None:
         print(f"none of {', '.join(BUILDERS)} is installed", file=sys.stderr)
         return 1
-    passed_on = list(argv[end + 1 :])
+    given: list[str] = []
     for argument, value in (("BASE_IMAGE", options.base_image), ("TORCH_INDEX_URL", options.torch_index_url)):
-        passed_on += [f"--build-arg={argument}={value}"] if value else []
+        given += [f"--build-arg={argument}={value}"] if value else []
     for secret, file in (("pip", options.pip_config), ("ca", options.ca)):
-        passed_on += [f"--secret=id={secret},src={file.resolve()}"] if file else []
+        given += [f"--secret=id={secret},src={file.resolve()}"] if file else []
     for name in options.names or DEFAULT:
         image = f"{options.prefix}/{name}:{options.tag}"
         print(f"== {image}", flush=True)
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
             f"--tag={image}",
             f"--build-arg=VERSION={version()}",
             f"--build-arg=REVISION={revision()}",
-            *passed_on,
+            *given,
+            *argv[end + 1 :],
             ".",
         ]
         if status := subprocess.run(command, cwd=ROOT, check=False).returncode:
