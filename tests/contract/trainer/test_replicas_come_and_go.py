@@ -302,6 +302,25 @@ async def test_a_replica_that_refuses_for_good_is_left_out_while_others_go_on(
     require_whole(await collected(services, 6, 3), fleet, 6)
 
 
+async def test_a_job_begins_without_a_replica_that_does_not_suit_it(fleet: Fleet) -> None:
+    services = await fleet.services()
+    good, short = await fleet.replica(), await fleet.replica(max_sequence_tokens=20)
+    await fleet.show(good, short)
+    await asyncio.wrap_future(services.check())
+    await fleet.followed(good.target)
+    # When the others go, it is no better than none; they may come back.
+    assert fleet.discovery is not None
+    fleet.discovery.news.put_nowait((short.target,))
+    await fleet.followed()
+    checking = asyncio.wrap_future(services.check())
+    async with asyncio.timeout(30):
+        while "waiting for a policy replica to appear" not in services.waiting():
+            await asyncio.sleep(0.005)
+    assert f"left out is {short.target}: max_prompt_tokens + sampling.max_tokens is 24" in services.waiting()
+    await fleet.show(good)
+    await checking
+
+
 async def test_a_quorum_is_not_left_out_of(fleet: Fleet) -> None:
     services = await fleet.services(activation="all_or_nothing", activation_quorum=1.0)
     good, stranger = await fleet.replica(), await fleet.replica()
@@ -389,6 +408,7 @@ async def test_reference_and_reward_are_scaled_too(
             async with asyncio.timeout(30):
                 while "waiting for reward at k8s:///reward" not in services.waiting():
                     await asyncio.sleep(0.005)
+            assert "(k8s:///reward: no EndpointSlices: is there a Service?)" in services.waiting()
             server.put(pod("reward", "first-reward", fleet.address))
             assert len((await batch).rollouts) == 4
         finally:

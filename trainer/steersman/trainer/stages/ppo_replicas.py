@@ -92,7 +92,13 @@ class PolicyReplicas:
 
     def explain_absence(self) -> str:
         """Where replicas are looked for, and why none is there if that is known."""
-        return self._discovery.problem or self._discovery.name
+        return self.problem or self._discovery.name
+
+    @property
+    def problem(self) -> str:
+        """Why the last look at discovery failed, and which replicas are left out and why; empty if there is neither."""
+        left_out = [f"left out is {target}: {why}" for target, why in sorted(self._left_out.items())]
+        return "; ".join(filter(None, (self._discovery.problem, *left_out)))
 
     async def ensure_current(self, target: str) -> None:
         """See `VersionGate`. ValueError or WeightsRefused if the replica refuses for good and cannot be left out."""
@@ -139,6 +145,10 @@ class PolicyReplicas:
             await self.publisher.update_targets(targets)
             self._update(targets)
             self._targets = targets
+            if targets:
+                self._some.set()
+            else:
+                self._some.clear()
 
     async def _look_at_all(self) -> None:
         targets = await self._found()
@@ -186,7 +196,3 @@ class PolicyReplicas:
                 self._left_out = {target: why for target, why in self._left_out.items() if target in targets}
                 self._discovered = targets
                 await self._tell()
-                if targets:
-                    self._some.set()
-                else:
-                    self._some.clear()

@@ -66,6 +66,11 @@ class FollowedClient(Generic[ClientT]):
         else:
             self._now = _Held(client=connect(address))
 
+    @property
+    def problem(self) -> str:
+        """Why the last look for endpoints failed, or found none; empty if it did not."""
+        return self._discovery.problem if self._discovery is not None else ""
+
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[ClientT]:
         """A client for one call. SteersmanError UNAVAILABLE while there are no endpoints, DiscoveryRefused if there is
@@ -74,8 +79,7 @@ class FollowedClient(Generic[ClientT]):
         if self._following is not None and self._following.done():
             self._following.result()
         if (held := self._now) is None:
-            problem = self._discovery.problem if self._discovery is not None else ""
-            raise unavailable(f"no endpoint of {self.target}: {problem or 'none is known yet'}")
+            raise unavailable(f"no endpoint of {self.target}: {self.problem or 'none is known yet'}")
         held.num_calls += 1
         try:
             yield held.client

@@ -150,8 +150,9 @@ class GrpcServices:
 
     def waiting(self) -> str:
         """What is being waited for."""
-        text, problem = self._waits.text(), self._discovery.problem
-        return f"{text} ({problem})" if text and problem else text
+        text = self._waits.text()
+        problems = "; ".join(filter(None, (one.problem for one in (self._replicas, self._reference, self._reward))))
+        return f"{text} ({problems})" if text and problems else text
 
     @property
     def policy_targets(self) -> tuple[str, ...]:
