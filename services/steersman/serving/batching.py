@@ -7,14 +7,14 @@ Invariants:
 - a batch never computes more tokens (padding counted, common beginnings counted once where the model computes them
   once) than the budget, unless it holds one item only;
 - an item fails alone: a batch that raises is run again in halves until the bad items are by themselves;
-- no starvation: a lane is served in waves, a wave is a first-come prefix of the lane, and an item that arrives
-  later never enters a wave before those in front of it. Bulk gets at least one batch after every
-  `INTERACTIVE_STREAK` interactive ones.
+- no starvation: a lane is served in waves of a bounded number of tokens, a wave is a first-come prefix of the lane,
+  and an item that arrives later never enters a wave before those in front of it. Bulk gets at least one batch after
+  every `INTERACTIVE_STREAK` interactive ones.
 
 A worker takes its work itself, so it never waits for the event loop between two batches. While all are busy, items
-collect, and the next wave takes all of them. Only when it was idle may a worker wait for callers to join,
-`max_delay_ms` for each one that does, and only for as many as came together last time: a lone caller is never held
-back. Several workers share a wave evenly, so that they come to its end together.
+collect, and join those of the wave that are not run yet until it has had as many as it may. Only when it was idle may
+a worker wait for callers to join, `max_delay_ms` for each one that does, and only for as many as came together last
+time: a lone caller is never held back. Several workers share a wave evenly, so that they come to its end together.
 """
 
 import asyncio
@@ -76,6 +76,7 @@ class _Lane(Generic[ItemT, ResultT]):
 
     queue: "deque[_Entry[ItemT, ResultT]]" = field(default_factory=deque)
     wave: "list[list[_Entry[ItemT, ResultT]]]" = field(default_factory=list)
+    num_wave_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.queue) + sum(map(len, self.wave))
@@ -93,14 +94,17 @@ class _Lane(Generic[ItemT, ResultT]):
     def refill(
         self, arrangement: Arrangement[ItemT], settings: BatchingSettings, num_workers: int, max_tokens: int
     ) -> None:
-        """Starts the next wave with a prefix of the queue."""
-        taken, num_tokens = [], 0
-        while self.queue and num_tokens < max_tokens:
+        """Adds a prefix of the queue to the wave until it has had `max_tokens`; starts the next one if it is over."""
+        if not self.wave:
+            self.num_wave_tokens = 0
+        joining = []
+        while self.queue and self.num_wave_tokens < max_tokens:
             entry = self.queue.popleft()
             if not entry.future.done():
-                num_tokens += entry.num_tokens
-                taken.append(entry)
-        if taken:
+                self.num_wave_tokens += entry.num_tokens
+                joining.append(entry)
+        if joining:
+            taken = _present([entry for batch in self.wave for entry in batch]) + joining
             plan = arrangement.plan(
                 [entry.item for entry in taken], [entry.num_tokens for entry in taken], settings, num_workers
             )
@@ -302,11 +306,11 @@ class Batcher(Generic[ItemT, ResultT]):
         with self._condition:
             while not batch and self._wait_for_items():
                 lane = self._choose_lane()
-                if not lane.wave:
-                    settings = self._settings.at_speed(self._computed_per_s)
-                    max_tokens = WAVE_BATCHES * num_workers * settings.batch_tokens
-                    lane.refill(self._arrangement, settings, num_workers, max_tokens)
-                    self._calls_expected, self._calls_waiting = max(1, self._calls_waiting), 0
+                settings = self._settings.at_speed(self._computed_per_s)
+                max_tokens = WAVE_BATCHES * num_workers * settings.batch_tokens
+                before = self._calls_expected if lane.wave else 0
+                lane.refill(self._arrangement, settings, num_workers, max_tokens)
+                self._calls_expected, self._calls_waiting = max(1, before + self._calls_waiting), 0
                 batch = lane.take()
             waiting = self._num_waiting()
             if waiting:

@@ -12,6 +12,7 @@ from steersman.serving.batch_metrics import BatchMetrics, BatchRecord
 from steersman.serving.batch_settings import MIN_BATCH_TOKENS
 from steersman.serving.batching import (
     INTERACTIVE_STREAK,
+    WAVE_BATCHES,
     Batcher,
     BatchingSettings,
     Priority,
@@ -278,16 +279,29 @@ async def test_bulk_is_not_starved_by_interactive_items():
     await batcher.close()
 
 
-async def test_a_wave_is_finished_before_later_items_of_any_length():
+async def test_items_join_a_wave_that_is_not_full():
     worker = GatedWorker()
     batcher = make(worker)
     wave = batcher.submit([1, 2], [90, 10])
     await worker.wait_entered()
-    later = batcher.submit([3, 4], [100, 95])
+    later = batcher.submit([3, 4], [100, 9])
+    worker.open()
+    await asyncio.gather(*wave, *later)
+    assert worker.batches == [[1], [3], [2, 4]]
+    await batcher.close()
+
+
+async def test_a_wave_that_is_full_is_finished_before_later_items_of_any_length():
+    worker = GatedWorker()
+    batcher = make(worker)
+    num_long = WAVE_BATCHES
+    wave = batcher.submit([0, *range(1, num_long + 1)], [10, *[100] * num_long])
+    await worker.wait_entered()
+    later = batcher.submit([98, 99], [100, 95])
     worker.open()
     await asyncio.gather(*wave, *later)
     # The short item of the first wave is not passed by the longer ones that came after it.
-    assert worker.batches == [[1], [2], [3], [4]]
+    assert worker.batches == [*([index] for index in range(1, num_long + 1)), [0], [98], [99]]
     await batcher.close()
 
 
