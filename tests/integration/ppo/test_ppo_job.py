@@ -3,8 +3,13 @@
 The reward counts one token; so what the job should learn is known, and what it learned is read from its metrics.
 """
 
+import contextlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import pytest
 from tiny_job import save_model, settings, tokenizer_of
 
 from steersman.cli.supervisor import ServiceSpec, Supervisor, free_port
+from steersman.trainer.jobs import standalone
 from steersman.trainer.stages.ppo import run_ppo
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.run import Run, read_rows
@@ -125,3 +131,38 @@ def test_bad_limits_are_refused_before_anything_is_generated(
     job = config(model, tmp_path, addresses, max_prompt_tokens=120)
     with Run(tmp_path / "run", run_id="demo") as run, pytest.raises(ValueError, match="must be at most 128"):
         run_ppo(job, run)
+
+
+def test_two_ranks_push_their_shards_into_a_real_engine(
+    services: tuple[Supervisor, dict[str, str]], model: Path, tmp_path: Path
+) -> None:
+    _, addresses = services
+    settings = config(model, tmp_path, addresses, total_steps=4, max_staleness=0)
+    run_directory, spec, log = tmp_path / "run", tmp_path / "spec.json", tmp_path / "log.txt"
+    job = {"job_id": "ranks", "kind": "ppo", "config": settings.model_dump(mode="json"), "resources": {}}
+    spec.write_text(json.dumps(job))
+    assert standalone.prepare(run_directory, spec)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*launcher, "-m", "steersman.trainer.jobs.worker", str(run_directory)],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        ) as ranks,
+    ):
+        try:
+            assert ranks.wait(240) == 0, log.read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
+    rows = read_rows(run_directory / "metrics.jsonl")
+    assert [row["episode"] for row in rows] == [32.0, 64.0, 96.0, 128.0]
+    # What the engine drew with and what the ranks train are the same weights, after each push of shards.
+    assert max(row["mismatch/logprob_abs_max"] for row in rows) < 1e-4
+    assert rows[-1]["push/delta_share"] > 0.9
+    assert rows[-1]["objective/kl"] > 1e-3
+    assert (run_directory / "model" / "model.safetensors").is_file()
