@@ -37,6 +37,8 @@ checking the files of a checkpoint.
 _JOIN_SECONDS: Final = 600.0
 # How often a rank that waits for a command looks up.
 _HEAR_SECONDS: Final = 2.0
+# Nearly every command is a collective, so nobody is further behind.
+_KEPT_COMMANDS: Final = 1000
 _FAILURE_KEY: Final = "steersman/failure"
 _STOP_KEY: Final = "steersman/stop"
 
@@ -44,24 +46,24 @@ _STOP_KEY: Final = "steersman/stop"
 class Ranks:
     """The `World` of torchrun's environment. Joined when it is made, which waits for all ranks; left by `close`."""
 
+    rank: int
+    size: int
+
     def __init__(self) -> None:
         timeout = timedelta(seconds=COLLECTIVE_SECONDS)
         self._store, self.rank, self.size = next(iter(rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))))
         self._num_commands = 0
-        self._has_cuda = torch.cuda.is_available()
         self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if self._has_cuda:
-            torch.cuda.set_device(self._local_rank % torch.cuda.device_count())
+        self._num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if self._local_rank < self._num_devices:
+            torch.cuda.set_device(self._local_rank)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self._has_cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if self._num_devices else "gloo",
             store=PrefixStore("steersman/group", self._store),
             rank=self.rank,
             world_size=self.size,
             timeout=timeout,
         )
-
-    rank: int
-    size: int
 
     @property
     def is_lead(self) -> bool:
@@ -70,15 +72,18 @@ class Ranks:
 
     def device(self, asked: str) -> str:
         """Each rank has the CUDA device of its number on its machine, unless the job asks for the CPU."""
-        if asked == "cpu" or (asked == "auto" and not self._has_cuda):
+        if asked == "cpu" or (asked == "auto" and not self._num_devices):
             return "cpu"
         if asked not in ("auto", "cuda"):
             raise ValueError(
                 f"device is {asked!r}, must be 'auto', 'cpu' or 'cuda' on several processes: each takes its own"
             )
-        if not self._has_cuda:
-            raise ValueError(f"device is {asked!r}, but this machine has no CUDA device; use 'auto' or 'cpu'")
-        return f"cuda:{torch.cuda.current_device()}"
+        if self._local_rank >= self._num_devices:
+            raise ValueError(
+                f"device is {asked!r}, but this machine has {self._num_devices} CUDA devices, too few for its process "
+                f"number {self._local_rank}: start at most one process a device, or use 'cpu'"
+            )
+        return f"cuda:{self._local_rank}"
 
     def shard(self, model: nn.Module, device_type: str) -> Scope[Any]:
         """Shards `model` in place over all ranks, onto their devices ("cpu" or "cuda"); see `shard.shard`."""
@@ -117,14 +122,17 @@ class Ranks:
     def tell(self, name: str, **arguments: Any) -> None:
         """The lead has the others hear a command."""
         assert self.is_lead, "only the lead gives commands"
-        self._store.set(self._command_key(), json.dumps({"name": name, "arguments": arguments}))
+        self._store.set(_command_key(self._num_commands), json.dumps({"name": name, "arguments": arguments}))
         self._num_commands += 1
+        if (old := self._num_commands - _KEPT_COMMANDS) >= 0:
+            self._store.delete_key(_command_key(old))
 
     def hear(self, *, each_look: Callable[[], None] = lambda: None) -> Command:
         """The next command of the lead; waits for it without end, and calls `each_look` every few seconds meanwhile.
         RuntimeError if the store is gone, and with it torchrun.
         """
-        key = self._command_key()
+        key = _command_key(self._num_commands)
+        each_look()  # commands may come faster than it looks up
         while not self._is_set(key):
             each_look()
         self._num_commands += 1
@@ -164,12 +172,13 @@ class Ranks:
     ) -> None:
         self.close()
 
-    def _command_key(self) -> str:
-        return f"steersman/command/{self._num_commands}"
-
     def _is_set(self, key: str) -> bool:
         try:
             self._store.wait([key], timedelta(seconds=_HEAR_SECONDS))
         except dist.DistStoreError:
             return False
         return True
+
+
+def _command_key(number: int) -> str:
+    return f"steersman/command/{number}"
