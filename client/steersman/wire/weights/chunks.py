@@ -10,7 +10,7 @@ the same.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -25,7 +25,7 @@ from steersman.wire.weights.steps import integers, steps_between
 
 _MIN_CHUNK_BYTES: Final = 1024
 _SAMPLE_RUNS: Final = 16
-_RUN_ELEMENTS: Final = 1024
+RUN_ELEMENTS: Final = 1024
 _HEADROOM: Final = 0.85
 """Part of a chunk to aim at: a sample misses the true density by some per cent."""
 _STEP_BITS: Final = 2.2
@@ -98,7 +98,12 @@ def delta_chunks(
 def _chunks(
     base: NDArray[Any], new: NDArray[Any], options: DeltaOptions, executor: Executor | None, lookahead: int
 ) -> Iterator[EncodedChunk]:
-    spans = _spans(base, new, options)
+    def sample(start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        runs = sampled_runs(stop - start)
+        old, now = integers(base[start:stop]), integers(new[start:stop])
+        return _joined(old, runs), _joined(now, runs)
+
+    spans = plan_spans(new.size, new.itemsize, sample, options)
     if executor is None:
         for span in spans:
             yield from _encode(base, new, span, options)
@@ -117,36 +122,55 @@ def _chunks(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Span:
+class Span:
+    """Elements [start, stop) that are likely to fill a chunk; `is_dense` if a delta of them is not worth while."""
+
     start: int
     stop: int
     is_dense: bool = False
 
+    def halves(self) -> "list[Span]":
+        """For a span that turned out to be too much."""
+        middle = self.start + (self.stop - self.start) // 2
+        return [replace(self, stop=middle), replace(self, start=middle)]
 
-def _spans(base: NDArray[Any], new: NDArray[Any], options: DeltaOptions) -> Iterator[_Span]:
-    """Spans that are likely to fill a chunk each."""
-    for start in range(0, base.size, MAX_SPAN_ELEMENTS):
-        stop = min(base.size, start + MAX_SPAN_ELEMENTS)
-        density, bits = _estimate(integers(base[start:stop]), integers(new[start:stop]))
+
+def plan_spans(
+    size: int, item_bytes: int, sample: Callable[[int, int], tuple[NDArray[Any], NDArray[Any]]], options: DeltaOptions
+) -> Iterator[Span]:
+    """The spans of a tensor of `size` elements. `sample` gives the `sampled_runs` of a part of it, old and new, joined,
+    as signed integers.
+    """
+    for start in range(0, size, MAX_SPAN_ELEMENTS):
+        stop = min(size, start + MAX_SPAN_ELEMENTS)
+        density, bits = _estimate(*sample(start, stop))
         is_dense = density > options.max_density
         if is_dense:
-            length = options.max_chunk_bytes // new.itemsize
+            length = options.max_chunk_bytes // item_bytes
         else:
             fitting = int(8 * _HEADROOM * options.max_chunk_bytes / max(bits, 1e-6))
             num_spans = -(-(stop - start) // max(fitting, 1))
             length = -(-(stop - start) // num_spans)
         length = max(_GRAIN, -(-length // _GRAIN) * _GRAIN) if not is_dense else length
         for at in range(start, stop, length):
-            yield _Span(start=at, stop=min(stop, at + length), is_dense=is_dense)
+            yield Span(start=at, stop=min(stop, at + length), is_dense=is_dense)
 
 
-def _estimate(base: NDArray[Any], new: NDArray[Any]) -> tuple[float, float]:
-    """Changed elements per element, and bits that a delta will need for each element, from evenly spaced runs."""
-    runs = np.linspace(0, max(0, base.size - _RUN_ELEMENTS), _SAMPLE_RUNS).astype(np.int64)
-    if base.size <= _SAMPLE_RUNS * _RUN_ELEMENTS:
-        runs = np.arange(0, base.size, _RUN_ELEMENTS)
-    old = np.concatenate([base[at : at + _RUN_ELEMENTS] for at in runs])
-    moves = steps_between(old, np.concatenate([new[at : at + _RUN_ELEMENTS] for at in runs]))
+def sampled_runs(size: int) -> list[int]:
+    """Where runs of RUN_ELEMENTS begin that stand for a part of so many elements; the last one may be shorter."""
+    if size <= _SAMPLE_RUNS * RUN_ELEMENTS:
+        return list(range(0, size, RUN_ELEMENTS))
+    runs: list[int] = np.linspace(0, size - RUN_ELEMENTS, _SAMPLE_RUNS).astype(np.int64).tolist()
+    return runs
+
+
+def _joined(part: NDArray[Any], runs: list[int]) -> NDArray[Any]:
+    return np.concatenate([part[at : at + RUN_ELEMENTS] for at in runs])
+
+
+def _estimate(old: NDArray[Any], new: NDArray[Any]) -> tuple[float, float]:
+    """Changed elements per element, and bits that a delta will need for each element, from a sample."""
+    moves = steps_between(old, new)
     changed = moves[moves != 0].astype(np.float64)
     density = changed.size / moves.size
     if not changed.size:
@@ -155,7 +179,7 @@ def _estimate(base: NDArray[Any], new: NDArray[Any]) -> tuple[float, float]:
     return density, float(entropy + density * (np.log2(np.abs(changed)).mean() + _STEP_BITS))
 
 
-def _encode(base: NDArray[Any], new: NDArray[Any], span: _Span, options: DeltaOptions) -> list[EncodedChunk]:
+def _encode(base: NDArray[Any], new: NDArray[Any], span: Span, options: DeltaOptions) -> list[EncodedChunk]:
     size = span.stop - span.start
     elements = new[span.start : span.stop]
     data = None if span.is_dense else encode_delta(base[span.start : span.stop], elements, profile=options.profile)
@@ -165,7 +189,5 @@ def _encode(base: NDArray[Any], new: NDArray[Any], span: _Span, options: DeltaOp
         encoding, data = Encoding.DENSE, elements.tobytes()
     else:
         # Denser than its sample promised, or not worth a delta: smaller spans of the same kind.
-        middle = span.start + size // 2
-        halves = [replace(span, stop=middle), replace(span, start=middle)]
-        return [chunk for half in halves for chunk in _encode(base, new, half, options)]
+        return [chunk for half in span.halves() for chunk in _encode(base, new, half, options)]
     return [EncodedChunk(element_offset=span.start, num_elements=size, encoding=encoding, data=data)]

@@ -74,29 +74,44 @@ def encode_delta(base: NDArray[Any], new: NDArray[Any], *, profile: Profile = Pr
     return body if len(body) < new_bits.nbytes else None
 
 
-def encode_changes(
-    changed: NDArray[np.int64], old: NDArray[Any], new: NDArray[Any], *, num_elements: int
-) -> bytes | None:
-    """As `encode_delta` in FAST, from changes that were found elsewhere: on the accelerator that holds the weights.
+@dataclass(frozen=True, kw_only=True)
+class PackedChanges:
+    """The changes of one span of 1 or 2 byte elements, found and packed elsewhere: on the accelerator that holds the
+    weights. Sections as in `positions` and `steps`, positions always as gaps.
 
-    `changed` are ascending positions within a span of `num_elements`, `old` and `new` the elements there, of 1 or 2
-    bytes and different in each place: ValueError otherwise.
+    Attributes:
+        num_elements: of the span, 1 to MAX_SPAN_ELEMENTS.
+        item_bytes: 1 or 2.
+        num_changes: how many changed.
+        gaps: where.
+        signs: a bit for each, 1 for a step downwards.
+        num_exceptions: how many moved by more than one step.
+        exception_gaps: which of the changes these are.
+        magnitudes: their steps less 2, 255 for those in `wide`.
+        wide: magnitudes of 257 and more, little-endian.
     """
-    old_bits, new_bits = _flat_bits(old, "old"), _flat_bits(new, "new")
-    if old_bits.dtype != new_bits.dtype or not old_bits.size == new_bits.size == changed.size or old_bits.itemsize > 2:
-        found = f"{changed.size} positions, {old.size} {old.dtype} and {new.size} {new.dtype}"
-        raise ValueError(f"changes are {found}, allowed: as many of each, elements of 1 or 2 bytes")
-    if not 0 < num_elements <= MAX_SPAN_ELEMENTS:
-        raise ValueError(f"num_elements is {num_elements}, allowed: 1 to {MAX_SPAN_ELEMENTS}")
-    if changed.size and (changed[0] < 0 or changed[-1] >= num_elements or bool((changed[1:] <= changed[:-1]).any())):
-        raise ValueError(f"changed is not ascending within [0, {num_elements})")
-    if bool((old_bits == new_bits).any()):
-        raise ValueError("old and new are equal in places, allowed: changed elements only")
-    where = positions.PositionWriter()
-    where.add(changed)
-    head = _HEADER.pack(VERSION, _STEPS, old_bits.itemsize, 1, num_elements)
-    body = head + _pack_class(where, num_elements, [steps.steps_between(old_bits, new_bits)])
-    return body if len(body) < num_elements * old_bits.itemsize else None
+
+    num_elements: int
+    item_bytes: int
+    num_changes: int
+    gaps: bytes
+    signs: bytes
+    num_exceptions: int
+    exception_gaps: bytes
+    magnitudes: bytes
+    wide: bytes
+
+
+def encode_packed(changes: PackedChanges) -> bytes | None:
+    """What `encode_delta` in FAST makes of the span."""
+    num_changes = changes.num_changes
+    body = _HEADER.pack(VERSION, _STEPS, changes.item_bytes, 1, changes.num_elements) + _COUNT.pack(num_changes)
+    if num_changes:
+        coding, where = positions.finish_gaps(changes.gaps, num_changes, changes.num_elements)
+        of_exceptions, exceptions = positions.finish_gaps(changes.exception_gaps, changes.num_exceptions, num_changes)
+        body += _CODING.pack(coding) + _CODING.pack(of_exceptions)
+        body += pack_sections([where, changes.signs, exceptions, changes.magnitudes, changes.wide])
+    return body if len(body) < changes.num_elements * changes.item_bytes else None
 
 
 def apply_delta(data: bytes | bytearray | memoryview, span: NDArray[Any]) -> int:

@@ -99,13 +99,17 @@ class PositionWriter:
 
     def finish(self, num_elements: int) -> tuple[Coding, bytes]:
         """All positions, and how they are written. `num_elements` is how many there could have been."""
-        gaps = b"".join(piece.tobytes() for piece in self._pieces)
-        if 2 * self._count <= num_elements:
-            return Coding.GAPS, gaps
-        is_changed = np.zeros(num_elements, np.bool_)
-        for block in iter_positions(Coding.GAPS, np.frombuffer(gaps, np.uint8)):
-            is_changed[block] = True
-        return Coding.BITMAP, np.packbits(is_changed, bitorder="little").tobytes()
+        return finish_gaps(b"".join(piece.tobytes() for piece in self._pieces), self._count, num_elements)
+
+
+def finish_gaps(gaps: bytes, count: int, num_elements: int) -> tuple[Coding, bytes]:
+    """How `count` of `num_elements` positions are written, of which these are the gaps."""
+    if 2 * count <= num_elements:
+        return Coding.GAPS, gaps
+    is_changed = np.zeros(num_elements, np.bool_)
+    for block in iter_positions(Coding.GAPS, np.frombuffer(gaps, np.uint8)):
+        is_changed[block] = True
+    return Coding.BITMAP, np.packbits(is_changed, bitorder="little").tobytes()
 
 
 def section_bounds(name: str, coding: int, num_changes: int, num_elements: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from steersman.wire.weights.delta import MAX_SPAN_ELEMENTS, Profile, apply_delta, encode_changes, encode_delta
+from steersman.wire.weights.delta import MAX_SPAN_ELEMENTS, Profile, apply_delta, encode_delta
 
 UNSIGNED = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 SIZES = list(UNSIGNED)
@@ -199,33 +199,6 @@ def test_applying_twice_is_not_applying_once() -> None:
     apply_delta(data, staging)
     apply_delta(data, staging)
     assert staging.tobytes() != new.tobytes()
-
-
-@pytest.mark.parametrize("item_bytes", [1, 2])
-@pytest.mark.parametrize("where", [[], [0], [-1], [3, 4, 700, 9_999]])
-def test_changes_found_elsewhere_make_the_same_delta(item_bytes: int, where: list[int]) -> None:
-    base, new = changed_at(where, size=10_000, value=5, dtype=f"<u{item_bytes}")
-    changed = np.flatnonzero(base != new)
-    assert encode_changes(changed, base[changed], new[changed], num_elements=base.size) == encode_delta(base, new)
-
-
-@pytest.mark.parametrize(
-    ("changed", "num_elements", "message"),
-    [
-        ([1, 1], 10, "not ascending"),
-        ([2, 1], 10, "not ascending"),
-        ([-1, 1], 10, "not ascending"),
-        ([1, 10], 10, "not ascending within"),
-        ([1], 10, "changes are 1 positions, 2 uint16 and 2 uint16"),
-        ([1, 2], 0, "num_elements is 0, allowed: 1 to"),
-    ],
-)
-def test_changes_found_elsewhere_are_checked(changed: list[int], num_elements: int, message: str) -> None:
-    old = np.array([7, 8], np.uint16)
-    with pytest.raises(ValueError, match=message):
-        encode_changes(np.array(changed), old, old + np.uint16(1), num_elements=num_elements)
-    with pytest.raises(ValueError, match="equal in places"):
-        encode_changes(np.array([1, 2]), old, old, num_elements=10)
 
 
 @pytest.mark.parametrize(

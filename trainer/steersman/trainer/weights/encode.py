@@ -5,15 +5,18 @@ sees nearly every element change, and a slow encoder in front of a fast link is 
 what changed in too many places, and gives up for the rest of a push once the first large tensors all came out dense.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+import torch
+
 from steersman.client.types import WeightChunk, WeightEncoding
+from steersman.trainer.weights.device import MAX_ITEM_BYTES, device_chunks
 from steersman.trainer.weights.slices import DensePart, Manifest, WeightSlices
-from steersman.wire.weights.chunks import DeltaOptions, Encoding, delta_chunks
+from steersman.wire.weights.chunks import DeltaOptions, EncodedChunk, Encoding, delta_chunks
 from steersman.wire.weights.delta import Profile
 from steersman.wire.weights.digest import chunk_checksum
 
@@ -27,6 +30,7 @@ _LARGE_ELEMENTS: Final = 1 << 14
 # More than one: embeddings, which come first, may change otherwise than layers.
 _NUM_TRIALS: Final = 3
 _LOOKAHEAD_SPANS: Final = 2
+_CPU: Final = torch.device("cpu")
 
 
 class PushEncoding(StrEnum):
@@ -74,12 +78,15 @@ def difference(
     encoding: PushEncoding,
     max_bytes: int,
     threads: Executor,
+    device: torch.device | None = None,
 ) -> Iterator[WeightChunk | DensePart]:
     """What turns `base` into `new`, slices of the same elements, at a replica with this manifest: every element once,
     in ascending order.
 
-    `max_bytes`, the data of one chunk, is at least MIN_DELTA_CHUNK_BYTES. Encoded ahead in `threads`; memory beyond
-    the chunk in hand: one tensor of each image where the replica's type is another than the image's, and two spans.
+    `max_bytes`, the data of one chunk, is at least MIN_DELTA_CHUNK_BYTES. Changes are found on `device`, by default
+    where `new` is, if that is no CPU; COMPACT is encoded on the host. There it is done ahead in `threads`; memory
+    beyond the chunk in hand: one tensor of each image where the replica's type is another than the image's, and two
+    spans. The chunks are the same, wherever they were made.
     """
     is_worth_it = encoding in (PushEncoding.DELTA, PushEncoding.COMPACT)
     options = DeltaOptions(
@@ -87,24 +94,37 @@ def difference(
         max_chunk_bytes=max_bytes,
         max_density=1.0 if is_worth_it else _MAX_DENSITY,
     )
+    if device is None and new.device() != _CPU:
+        device = new.device()
+    is_packed = device is not None and options.profile is Profile.FAST
+    packed = device_chunks(base, new, manifest, device=device or _CPU, options=options, threads=threads)
     num_dense = 0
     for index, spec in enumerate(manifest):
         if num_dense >= _NUM_TRIALS and not is_worth_it:
             yield from new.parts(index, spec, max_bytes=max_bytes)
             continue
-        before, after, first = base.elements(spec), new.elements(spec), new.offset(spec)
-        num_delta = 0
-        for chunk in delta_chunks(before, after, options=options, executor=threads, lookahead=_LOOKAHEAD_SPANS):
-            offset = first + chunk.element_offset
-            where = {"tensor_index": index, "element_offset": offset, "num_elements": chunk.num_elements}
-            if chunk.encoding is Encoding.DENSE:
-                yield DensePart(**where)
-                continue
-            num_delta += chunk.num_elements
-            checksum = chunk_checksum(chunk.data)
-            yield WeightChunk(**where, data=chunk.data, checksum=checksum, encoding=WeightEncoding.SPARSE_DELTA)
-        if after.size >= _LARGE_ELEMENTS:
-            if 2 * num_delta >= after.size:
+        if is_packed and getattr(torch, spec.dtype).itemsize <= MAX_ITEM_BYTES:
+            chunks: Iterable[EncodedChunk] = next(packed)
+        else:
+            before, after = base.elements(spec), new.elements(spec)
+            chunks = delta_chunks(before, after, options=options, executor=threads, lookahead=_LOOKAHEAD_SPANS)
+        num_delta, num_elements = 0, new.num_elements(spec)
+        for part in _parts(index, new.offset(spec), chunks):
+            num_delta += part.num_elements if isinstance(part, WeightChunk) else 0
+            yield part
+        if num_elements >= _LARGE_ELEMENTS:
+            if 2 * num_delta >= num_elements:
                 is_worth_it = True
             else:
                 num_dense += 1
+
+
+def _parts(index: int, first: int, chunks: Iterable[EncodedChunk]) -> Iterator[WeightChunk | DensePart]:
+    for chunk in chunks:
+        offset = first + chunk.element_offset
+        where = {"tensor_index": index, "element_offset": offset, "num_elements": chunk.num_elements}
+        if chunk.encoding is Encoding.DENSE:
+            yield DensePart(**where)
+            continue
+        checksum = chunk_checksum(chunk.data)
+        yield WeightChunk(**where, data=chunk.data, checksum=checksum, encoding=WeightEncoding.SPARSE_DELTA)

@@ -65,7 +65,7 @@ class Image(Protocol):
 
 
 class WeightImage(WeightSlices):
-    """An image that this process holds alone, by Hugging Face name, on the CPU. Safe to read from several threads."""
+    """An image that this process holds alone, by Hugging Face name. Safe to read from several threads."""
 
     def __init__(self, version: WeightVersion, tensors: Mapping[str, Tensor]) -> None:
         flat: dict[int, Slice] = {}
@@ -77,15 +77,17 @@ class WeightImage(WeightSlices):
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, model: nn.Module, version: WeightVersion) -> "WeightImage":
-        """A copy of the model's parameters and persistent buffers. A tied tensor is copied once and known by
-        all its names.
+    def of(cls, model: nn.Module, version: WeightVersion, *, device: str | None = "cpu") -> "WeightImage":
+        """A copy of the model's parameters and persistent buffers, on `device`; None leaves each where it is. A tied
+        tensor is copied once and known by all its names.
+
+        Of an image on a GPU the changes are found and packed there (`device`), also against one on the host.
         """
         copies: dict[int, Tensor] = {}
         tensors: dict[str, Tensor] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.detach().to("cpu", copy=True).contiguous()
+                copies[id(tensor)] = tensor.detach().to(device or tensor.device, copy=True).contiguous()
             tensors[name] = copies[id(tensor)]
         return cls(version, tensors)
 

@@ -32,14 +32,15 @@ class DensePart:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slice:
-    """A run of a tensor's elements: `elements`, flat and on the CPU, from `element_offset` of the flattened tensor on.
-    It begins where a tile of the digest begins and ends where one ends.
+    """A run of a tensor's elements: `elements`, flat and on any device, from `element_offset` of the flattened tensor
+    on. It begins where a tile of the digest begins and ends where one ends.
     """
 
     element_offset: int
     elements: Tensor
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOTHING = Slice(element_offset=0, elements=torch.empty(0))
 
 
@@ -68,6 +69,16 @@ class WeightSlices:
         written to: no copy where the types agree.
         """
         return _bits(self._slice(spec).elements.to(getattr(torch, spec.dtype)))
+
+    def integers(self, spec: TensorSpec, device: torch.device) -> Tensor:
+        """The same as signed integers on `device`."""
+        elements = self._slice(spec).elements.to(device).to(getattr(torch, spec.dtype))
+        return elements.view(_INTEGERS[elements.element_size()])
+
+    def device(self) -> torch.device:
+        """Where the elements are; the CPU if there are none."""
+        devices = {held.elements.device for held in self._slices.values()}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def tile_digests(self, manifest: Sequence[TensorSpec]) -> Iterator[bytes]:
         """Of each tensor, the digests of the tiles held, as `manifest` has it. Converts one tensor at a time."""
@@ -108,4 +119,4 @@ class WeightSlices:
 
 def _bits(flat: Tensor) -> NDArray[Any]:
     # By way of bytes: numpy has no bfloat16 and no 8-bit floats.
-    return flat.contiguous().view(torch.uint8).numpy().view(f"<u{flat.element_size()}")
+    return flat.contiguous().cpu().view(torch.uint8).numpy().view(f"<u{flat.element_size()}")
