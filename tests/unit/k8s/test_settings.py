@@ -77,7 +77,7 @@ def test_servers_have_the_name_that_callers_by_address_expect(overlay: Overlay) 
                 if one["spec"]["secretName"] == volume["secret"]["secretName"]
             ]
             # The last one is for callers behind kubectl port-forward.
-            names = {"steersman", name, f"{name}.steersman.svc", "localhost"}
+            names = {"steersman", name, f"{name}.steersman", f"{name}.steersman.svc", "localhost"}
             assert names <= set(certificate["spec"]["dnsNames"])
             assert "server auth" in certificate["spec"]["usages"]
 
