@@ -72,6 +72,7 @@ class PolicyService:
     async def close(self) -> None:
         """Ends the engine and frees the host copies."""
         try:
+            await self._weight_servicer.close()
             await self.store.close()
         finally:
             await self._engine.shutdown()

@@ -164,6 +164,7 @@ class _Plane:
     async def drain(self) -> None: ...
 
     async def close(self) -> None:
+        await self._servicer.close()
         await self._store.close()
 
 

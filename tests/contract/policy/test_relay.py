@@ -92,6 +92,27 @@ async def test_a_chain_of_four_gets_what_was_sent_once() -> None:
         await serves(nodes)
 
 
+async def test_the_next_replica_is_dialled_once_for_all_pushes_until_one_fails() -> None:
+    async with fleet(2) as nodes:
+        a, b = nodes
+        channels = a.servicer._relay._channels
+        used = []
+        for step in (1, 2):
+            for node in nodes if step > 1 else []:
+                await node.begin(step)
+            await send(a, b.hop())
+            async with channels.lease(b.target) as channel:
+                used.append(channel)
+            for node in nodes:
+                await node.finish(digest_of(CONTENT), step)
+        assert used[0] is used[1]
+        for node in nodes:
+            await node.begin(3)
+        b.servicer.fault = FlippedBit(count=2)
+        await send(a, b.hop())
+        assert len(channels) == 0
+
+
 async def test_a_tree_too() -> None:
     async with fleet(7) as nodes:
         root, left, right, *leaves = nodes

@@ -29,6 +29,7 @@ from steersman.serving.security.peer import PeerCredentials
 from steersman.v1 import weights_pb2
 from steersman.wire.endings import Endings
 from steersman.wire.errors import Reason, SteersmanError, invalid_field, unavailable
+from steersman.wire.idle import IdlePool
 from steersman.wire.limits import MAX_MESSAGE_BYTES, MAX_RELAY_DEPTH, MAX_RELAY_FAN_OUT, MAX_RELAY_HOPS
 from steersman.wire.status import DETAILS_TRAILER, decode_error, status_to_proto
 from steersman.wire.weights.messages import PUSH_CHUNKS, ChunkMessage
@@ -40,10 +41,13 @@ _QUEUED_CHUNKS: Final = 8
 # The replica nearest to what stands still must give it up first, or whole branches would fall with one leaf. The
 # deepest route adds ten seconds: with the default stall time that is still within the lease of the pushes that wait.
 _PATIENCE_PER_LEVEL_S: Final = 0.15
+# Longer than between the updates of most trainers; a connection costs some milliseconds, with TLS some more.
+_IDLE_S: Final = 300.0
 _TARGET: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 Hops = Sequence[weights_pb2.RelayHop]
 OpenChannel = Callable[[str], grpc.aio.Channel]
+Channels = IdlePool[grpc.aio.Channel]
 
 
 def channel_opener(credentials: PeerCredentials | None = None) -> OpenChannel:
@@ -109,15 +113,23 @@ class RelayRules:
 
 
 class Relay:
-    """Opens streams onward. `open_channel` is the one place where a replica dials another."""
+    """Opens streams onward. `open_channel` is the one place where a replica dials another. A channel is kept from one
+    push to the next, until nothing was sent for a while or something went wrong. `close` it.
+    """
 
     def __init__(self, rules: RelayRules, open_channel: OpenChannel | None = None) -> None:
         self._rules = rules
-        self._open_channel = open_channel or channel_opener()
+        self._channels: Channels = IdlePool(
+            open_channel or channel_opener(), lambda channel: channel.close(None), idle_seconds=_IDLE_S
+        )
 
     def stream(self) -> "RelayStream":
         """For one stream of chunks, which is passed on to nobody until its route is known."""
-        return RelayStream(self._rules, self._open_channel)
+        return RelayStream(self._rules, self._channels)
+
+    async def close(self) -> None:
+        """Closes the channels."""
+        await self._channels.close()
 
 
 class RelayStream:
@@ -129,9 +141,9 @@ class RelayStream:
         receipts = await onward.finish()
     """
 
-    def __init__(self, rules: RelayRules, open_channel: OpenChannel) -> None:
+    def __init__(self, rules: RelayRules, channels: Channels) -> None:
         self._rules = rules
-        self._open_channel = open_channel
+        self._channels = channels
         self._links: list[_Link] = []
         self.num_bytes = 0
 
@@ -153,7 +165,7 @@ class RelayStream:
         self._rules.check(hops, push_id)
         for hop in hops:
             patience = self._rules.stall_seconds + _PATIENCE_PER_LEVEL_S * (_height(hop) - 1)
-            self._links.append(_Link(hop, self._open_channel, patience_s=patience, timeout=timeout))
+            self._links.append(_Link(hop, self._channels, patience_s=patience, timeout=timeout))
 
     async def forward(self, message: ChunkMessage) -> None:
         """Queues a chunk for every link that holds, waiting for room as long as each link may make it wait."""
@@ -200,10 +212,10 @@ class _Link:
     """One stream to the next replica, written by a task of its own."""
 
     def __init__(
-        self, hop: weights_pb2.RelayHop, open_channel: OpenChannel, *, patience_s: float, timeout: float | None
+        self, hop: weights_pb2.RelayHop, channels: Channels, *, patience_s: float, timeout: float | None
     ) -> None:
         self._hop = hop
-        self._open_channel = open_channel
+        self._channels = channels
         self._timeout = timeout
         self._patience = Patience(patience_s, time.monotonic())
         self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(_QUEUED_CHUNKS)
@@ -272,7 +284,7 @@ class _Link:
 
     async def _run(self) -> None:
         try:
-            async with self._open_channel(self._hop.target) as channel:
+            async with self._channels.lease(self._hop.target) as channel:
                 self._response = await self._send(channel)
         except grpc.RpcError as error:
             self._fail(_translated(error, self._hop.target))

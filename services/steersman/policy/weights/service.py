@@ -40,6 +40,10 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         self._metrics = metrics
         self._relay = relay
 
+    async def close(self) -> None:
+        """Closes the connections to other replicas."""
+        await self._relay.close()
+
     async def GetWeightState(  # noqa: N802
         self, request: weights_pb2.GetWeightStateRequest, context: Context
     ) -> weights_pb2.GetWeightStateResponse:
