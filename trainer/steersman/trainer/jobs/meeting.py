@@ -116,6 +116,7 @@ class Coordinator:
         self._num_nodes = num_nodes
         self._patience = patience
         self._events: asyncio.Queue[_Event] = asyncio.Queue(maxsize=1024)
+        self._callers: dict[asyncio.Task[None] | None, Line] = {}
         self._lines: dict[int, Line] = {}
         self._working: set[int] = set()
         self._codes: dict[int, int] = {}
@@ -143,11 +144,19 @@ class Coordinator:
             if await self._take(event):
                 return
 
+    async def close(self) -> None:
+        """Ends the connections, those that were just told of the end too."""
+        callers = dict(self._callers)
+        for line in callers.values():
+            line.close()
+        if tasks := [task for task in callers if task is not None]:
+            await asyncio.wait(tasks, timeout=self._patience.stop)
+
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with living(Line(reader, writer, self._patience)) as line:
+        async with living(Line(reader, writer, self._patience)) as line, self._known(line):
             hello = await line.receive()
             node = (hello or {}).get("node")
             if not isinstance(node, int) or not 0 <= node < self._num_nodes:
@@ -159,6 +168,15 @@ class Coordinator:
                     number, leaving = int(message.get("round", 0)), bool(message.get("leaving"))
                     await self._events.put(_Event(node, line, ended=code, round=number, leaving=leaving))
             await self._events.put(_Event(node, line))
+
+    @asynccontextmanager
+    async def _known(self, line: Line) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        self._callers[task] = line
+        try:
+            yield
+        finally:
+            del self._callers[task]
 
     async def _take(self, event: _Event) -> bool:
         """Whether the meeting is over."""

@@ -143,6 +143,10 @@ class Node:
         what = heard.result() if heard.done() else None
         return self._over(what) if what is not None and "over" in what else EXIT_STOPPED
 
+    def _environment(self) -> dict[str, str]:
+        # When one worker ends torchrun ends the others of its node, which may still write their part of a checkpoint.
+        return {ENV_NODES: str(self.place.num_nodes), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(self.place.grace))}
+
     def _over(self, what: dict[str, Any]) -> int:
         code = int(what["over"])
         if code == 0:
@@ -157,7 +161,7 @@ class Node:
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
-            env=dict(os.environ) | {ENV_NODES: str(self.place.num_nodes)},
+            env=dict(os.environ) | self._environment(),
         )
         logger.info("workers start", extra={"round": number or 1, "torchrun": child.pid})
         done = asyncio.create_task(child.wait())
@@ -236,6 +240,7 @@ async def run_node(node: Node, *, host: str = "0.0.0.0") -> int:
     finally:
         await _cancel(meeting)
         server.close()
+        await coordinator.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
