@@ -1,4 +1,4 @@
-"""A job on two nodes, for real: torchrun on each, gloo between them; one node is killed, and all goes on with another."""
+"""A job on two nodes, for real: torchrun on each, gloo between them; one is killed, and all goes on with another."""
 
 import asyncio
 import json

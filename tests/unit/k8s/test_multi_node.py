@@ -1,88 +1,65 @@
-"""The component that spreads a policy replica over several nodes, upon the overlay with everything else."""
+"""The component for jobs on several nodes, on top of an overlay."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
-from overlays import K8S, Object, Overlay, kustomize, matches, render
+from overlays import K8S, Overlay, kustomize
 
-from steersman.policy.engine.bond import bond_port
-from steersman.policy.settings import PolicySettings
-
-VERSIONS = ("1.29", "1.32", "1.34", "1.37")
-INDEX = "apps.kubernetes.io/pod-index"
+from steersman.cluster.objects import Workload, workload_objects
+from steersman.cluster.resources import JobResources
+from steersman.cluster.settings import KubernetesSettings
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Overlay:
-    if kustomize() is None:
-        pytest.skip("neither kustomize nor kubectl is installed, so no overlay can be rendered")
-    folder = tmp_path_factory.mktemp("overlay")
-    here = Path(os.path.relpath(K8S, folder.resolve()))
-    made = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": [str(here / "overlays" / "prod")],
-        "components": [str(here / "components" / "multi-node-vllm")],
-        "namespace": "steersman",
-    }
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump(made))
-    return render(str(folder))
+def with_nodes(tmp_path_factory: pytest.TempPathFactory) -> Overlay:
+    if (command := kustomize()) is None:
+        pytest.skip("needs kustomize or kubectl on the PATH")
+    # Bases are named by relative paths, and links count as where they lead.
+    folder = tmp_path_factory.mktemp("overlay").resolve()
+    base, component = (
+        os.path.relpath(K8S / path, folder) for path in ("overlays/prod", "components/multi-node-trainer")
+    )
+    (folder / "kustomization.yaml").write_text(
+        yaml.safe_dump({"resources": [base], "components": [component], "namespace": "steersman"})
+    )
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return Overlay(name="with nodes", objects=tuple(yaml.safe_load_all(done.stdout)))
 
 
-def environment(container: Object, number: int) -> dict[str, str]:
-    """What a pod of this number gets."""
-    made = {one["name"]: one["value"] for one in container["env"] if "value" in one}
-    for one in container["env"]:
-        if one.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath") == f"metadata.labels['{INDEX}']":
-            made[one["name"]] = str(number)
-    return made
+def test_the_service_may_name_pods(with_nodes: Overlay) -> None:
+    rules = with_nodes.of("Role")["trainer"]["rules"]
+    assert {"apiGroups": [""], "resources": ["services"], "verbs": ["create", "patch"]} in rules
+    assert {
+        "apiGroups": ["batch"],
+        "resources": ["jobs"],
+        "verbs": ["get", "list", "create", "patch", "delete"],
+    } in rules
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_schemas_take_what_it_makes(nodes: Overlay, version: str) -> None:
-    for kind in ("StatefulSet", "Service", "NetworkPolicy"):
-        for one in nodes.of(kind).values():
-            kubernetes_validate.validate(one, version, strict=True)
-
-
-def test_policy_is_a_stateful_set_and_nothing_else(nodes: Overlay) -> None:
-    assert set(nodes.of("Deployment")) == {"reference", "reward", "trainer"}
-    assert set(nodes.of("StatefulSet")) == {"policy"}
-    assert "policy" not in nodes.of("HorizontalPodAutoscaler")
-
-
-def test_only_the_first_pod_is_a_replica_and_all_find_each_other_before_they_are_ready(nodes: Overlay) -> None:
-    labels = nodes.of("StatefulSet")["policy"]["spec"]["template"]["metadata"]["labels"]
-    services = nodes.of("Service")
-    together, replica = services["policy-nodes"]["spec"], services["policy"]["spec"]
-    for number in (0, 1):
-        pod = labels | {INDEX: str(number)}
-        assert matches(together["selector"], pod)
-        assert matches(replica["selector"], pod) == (number == 0)
-    assert (together["clusterIP"], together["publishNotReadyAddresses"]) == ("None", True)
-    assert nodes.of("StatefulSet")["policy"]["spec"]["serviceName"] == "policy-nodes"
-    (rule,) = nodes.of("NetworkPolicy")["policy-nodes"]["spec"]["ingress"]
-    assert "ports" not in rule
-    assert all(matches(peer["podSelector"]["matchLabels"], labels) for peer in rule["from"])
-
-
-def test_each_pod_loads_its_settings(nodes: Overlay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = nodes.of("StatefulSet")["policy"]["spec"]
-    (container,) = spec["template"]["spec"]["containers"]
-    (tmp_path / "settings.yaml").write_text((K8S / "base" / "policy" / "settings.yaml").read_text())
-    for number in range(spec["replicas"]):
-        with monkeypatch.context() as patch:
-            for name, value in environment(container, number).items():
-                patch.setenv(name, value)
-            settings = PolicySettings.load(["--config", str(tmp_path / "settings.yaml")])
-        found = settings.nodes()
-        assert found is not None
-        assert (found.count, found.rank) == (spec["replicas"], number)
-        assert found.address == "policy-0.policy-nodes"
-        ports = {one["port"] for one in nodes.of("Service")["policy-nodes"]["spec"]["ports"]}
-        assert ports == {found.port, bond_port(found)}
-        num_gpus = settings.tensor_parallel_size * settings.pipeline_parallel_size
-        assert num_gpus == spec["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+def test_pods_of_jobs_reach_each_other_and_are_reached_by_nobody_else(with_nodes: Overlay) -> None:
+    policy = with_nodes.of("NetworkPolicy")["training-job"]
+    kubernetes_validate.validate(policy, "1.31", strict=True)
+    workload = Workload(
+        job_id="one",
+        kind="ppo",
+        run_directory=str(Path("/data/runs/one")),
+        resources=JobResources(num_processes=2, processes_per_node=1),
+        attempt=1,
+        user=10001,
+        group=10001,
+    )
+    job, _ = workload_objects(workload, KubernetesSettings(image="a", run_claim="runs"), namespace="steersman")
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    selector = policy["spec"]["podSelector"]["matchLabels"]
+    assert selector.items() <= labels.items()
+    (rule,) = policy["spec"]["ingress"]
+    assert rule == {"from": [{"podSelector": {"matchLabels": selector}}]}
+    # The policy that lets nothing in holds for these pods too, so this one is what opens them.
+    assert (
+        with_nodes.of("NetworkPolicy")["nothing-else"]["spec"]["podSelector"]["matchLabels"].items() <= labels.items()
+    )
