@@ -14,7 +14,6 @@ from tiny_model import MODEL, VOCABULARY
 from torch.distributed import distributed_c10d
 
 from steersman.trainer.checkpoint.models import load_actor, load_scalar_head
-from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.distributed.world import World, launched_size
 from steersman.trainer.jobs.model import JobKind
 from steersman.trainer.jobs.registry import STAGES
@@ -59,8 +58,8 @@ def run_updates(directory: Path, changes: dict[str, Any], world: World) -> None:
     settings = {"actor": {"config": MODEL}, "tokenizer": "unused", "prompts": {"files": ["unused"]}, "device": "cpu"}
     rate = {"learning_rate": 3e-3, "schedule": "constant", "max_grad_norm": 0.5}
     config = PpoConfig.model_validate(settings | {"optimizer": rate, "critic_optimizer": rate} | changes)
-    source, placement = ModelSource(config=MODEL), place("cpu", "float32")
-    actor, critic = load_actor(source), load_scalar_head(source)
+    placement = place("cpu", "float32")
+    actor, critic = load_actor(config.actor), load_scalar_head(config.actor)
     learner = PpoLearner(
         actor,
         critic,
@@ -69,6 +68,10 @@ def run_updates(directory: Path, changes: dict[str, Any], world: World) -> None:
         actor_scope=placement.settle(actor, world),
         critic_scope=placement.settle(critic, world),
     )
+    for model in (actor, critic):
+        held = sum(world.local(parameter).numel() for parameter in model.parameters())
+        share = held / sum(parameter.numel() for parameter in model.parameters())
+        assert abs(share - 1 / world.size) < 0.05, f"rank {world.rank} holds {share} of a model"
     rows = [learner.update(rollouts(step), step=step, kl_coef=0.1) for step in range(UPDATES)]
     whole = learner.whole_actor()
     if whole is not None:

@@ -20,13 +20,15 @@ from steersman.trainer.jobs.store import DATABASE_FILE, JobStore
 from steersman.trainer.stages.ppo import PpoConfig, run_ppo
 from steersman.trainer.stages.run import Run, read_rows
 
+# On a busy machine each rank takes a minute to start.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKER = ("-m", "steersman.trainer.jobs.worker")
 PROMPTS_PER_STEP = 7
 
 
 @pytest.fixture
 async def services() -> AsyncIterator[Services]:
-    services = Services(num_samples=1)
+    services = Services()
     await services.start()
     yield services
     await services.stop()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from stages_program import run_plan, run_stage
-from tiny_model import MODEL, write_tokenizer
+from tiny_model import MODEL, VOCABULARY, write_tokenizer
 from torchrun import ended, torchrun
 
 from steersman.trainer.checkpoint.models import load_actor
@@ -15,8 +15,21 @@ from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.distributed.world import SOLO
 from steersman.trainer.stages.run import read_rows
 
+# On a busy machine each rank takes a minute to start.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROGRAM = str(Path(__file__).with_name("stages_program.py"))
 STEPS = 6
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCABULARY,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def words(chance: random.Random, low: int, high: int) -> str:
@@ -61,6 +74,8 @@ def plan(folder: Path) -> list[dict[str, Any]]:
             "kind": "updates",
             "config": {"micro_batch_tokens": 16, "retained_tokens": 20, "critic_warmup_steps": 1},
         },
+        # Untied embeddings, biases, a block of another name.
+        {"name": "gpt2", "kind": "updates", "config": {"actor": {"config": GPT2}}},
         {
             "name": "minibatches",
             "kind": "updates",

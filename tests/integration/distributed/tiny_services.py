@@ -35,16 +35,14 @@ class Services(
 ):
     """All services on one port. From `hold_after` prompts on, nothing is drawn until `flow` is set."""
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self) -> None:
         actor = load_actor(ModelSource(config=MODEL))
         shapes = {name: (tuple(p.shape), "FLOAT32") for name, p in actor.named_parameters()}
         self.weights = FakeWeightService(manifest(shapes), max_chunk_bytes=4096)
-        self.num_samples = num_samples
         self.num_prompts = 0
         self.hold_after = 10**9
         self.flow = asyncio.Event()
         self.holding = asyncio.Event()
-        self.callers: set[str] = set()
         self.target = ""
         self._server: grpc.aio.Server
 

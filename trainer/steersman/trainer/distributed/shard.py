@@ -43,6 +43,15 @@ class _Root(nn.Module):
         return tree_map(_no_view, forward())
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model: what its class says is to stay in one piece, where it stands in a list. All
+    that it has are parameters of its own, which no tied embedding is.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return [layer for layers in lists for layer in layers if type(layer).__name__ in names]
+
+
 def _no_view(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value._is_view() else value
 
@@ -53,9 +62,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> Scope[Any]:
     To be called on the CPU's whole model, which has to be the same on every rank: a layer is on the device only as
     its shard. Optimizers are to be made afterwards, from the shards.
     """
-    layers = getattr(getattr(model, "base_model", model), "layers", None)
     root = _Root(model)
-    for layer in layers if isinstance(layers, nn.ModuleList) else ():
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     # Nothing is whole outside of a pass: not what a checkpoint reads, nor what the optimizer has just changed.
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
