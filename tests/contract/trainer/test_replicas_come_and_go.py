@@ -162,7 +162,9 @@ async def test_one_vanishes_in_mid_batch_and_another_appears(fleet: Fleet) -> No
     third = await fleet.replica()
     third.policy.flowing.set()
     await fleet.show(first, second, third)
-    await until(lambda: third.weights.active.step == 5, [third])
+    async with asyncio.timeout(30):
+        while not services._collector._pool._replicas[third.target].ready:
+            await asyncio.sleep(0.005)
     await first.vanish()
     await fleet.show(second, third)
     await until(lambda: third.policy.num_prompts > 0, [third])

@@ -45,6 +45,9 @@ class FakePolicy:
     dead: bool = False
     step: int = 0
 
+    async def ready(self) -> None:
+        """Whatever happens to prompts."""
+
     async def samples(self, prompt: Prompt, sampling: SamplingSettings) -> AsyncGenerator[Sample, None]:
         self.events.append(f"{self.target} prompt {prompt.index} x{sampling.num_samples}")
         await asyncio.sleep(0)

@@ -50,6 +50,41 @@ async def test_a_new_replica_passes_the_gate_before_it_is_leased() -> None:
     await one.close()
 
 
+class Slow(fakes.FakeGate):
+    """Takes its time with the second replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = asyncio.Event()
+
+    async def ensure_current(self, target: str) -> None:
+        if target == "policy-1":
+            await self.opened.wait()
+        await super().ensure_current(target)
+
+
+async def test_a_batch_is_spread_though_one_replica_answers_before_the_other() -> None:
+    gate = Slow()
+    one = pool(Ports(), gate, "policy-0", "policy-1")
+    one.check_all()
+    waiting = [asyncio.create_task(one.lease(1).__aenter__()) for _ in range(8)]
+    await settle()
+    assert gate.events == ["policy-0 current"]
+    assert not any(task.done() for task in waiting)
+    gate.opened.set()
+    async with asyncio.timeout(20):
+        leases = [await task for task in waiting]
+    assert sorted(replica.port.target for replica, _ in leases) == ["policy-0"] * 4 + ["policy-1"] * 4
+    await one.close()
+
+
+async def test_nobody_waits_long_for_a_replica_that_does_not_answer() -> None:
+    one = pool(Ports(), Slow(), "policy-0", "policy-1")
+    one.check_all()
+    assert [await leased(one) for _ in range(3)] == ["policy-0"] * 3
+    await one.close()
+
+
 async def test_before_the_first_batch_nobody_is_put_to_the_gate() -> None:
     ports, gate = Ports(), fakes.FakeGate()
     one = pool(ports, gate)

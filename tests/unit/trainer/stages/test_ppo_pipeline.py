@@ -158,6 +158,9 @@ class Policy:
     target: str
     world: World
 
+    async def ready(self) -> None:
+        """Always."""
+
     async def samples(self, prompt: Prompt, sampling: SamplingSettings) -> AsyncGenerator[Sample, None]:
         for index in range(sampling.num_samples):
             versions = []

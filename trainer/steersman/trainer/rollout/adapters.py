@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Final
 
 from steersman.client import (
     AsyncPolicyClient,
@@ -15,6 +16,8 @@ from steersman.client import (
 from steersman.client.types import IntArray
 from steersman.trainer.rollout.types import Completion, FloatArray, Prompt, SamplingSettings
 from steersman.wire.errors import Code, SteersmanError
+
+_READY_SECONDS: Final = 10.0
 
 Decode = Callable[[IntArray], str]
 
@@ -33,6 +36,10 @@ class GrpcPolicy:
     def target(self) -> str:
         """Address of the replica."""
         return self.client.target
+
+    async def ready(self) -> None:
+        """By a small call on the connection that prompts take: another one may have come back before it."""
+        await self.client.model(timeout=_READY_SECONDS)
 
     async def samples(self, prompt: Prompt, sampling: SamplingSettings) -> AsyncGenerator[Sample, None]:
         """Samples as they end, from the whole distribution: no nucleus, no top-k."""

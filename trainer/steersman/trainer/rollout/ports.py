@@ -20,6 +20,10 @@ class PolicyPort(Protocol):
         """Where it is, for messages."""
         ...
 
+    async def ready(self) -> None:
+        """Returns once prompts would get through; SteersmanError if they would not."""
+        ...
+
     def samples(self, prompt: Prompt, sampling: SamplingSettings) -> AsyncGenerator[Sample, None]:
         """Each sample once it has ended, in order of their ends. Closing the generator aborts the rest."""
         ...

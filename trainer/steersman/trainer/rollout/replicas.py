@@ -2,9 +2,10 @@
 
 Invariants:
 
-- A replica gets prompts only after `VersionGate.ensure_current` returned for it, and not again after a
-  failure until it returned anew: what is new, or comes back from a restart, gets the current weights first.
-- Among the replicas that may be used, the one with the fewest samples in flight gets the next prompt.
+- A replica gets prompts only after `VersionGate.ensure_current` returned for it and it answers, and not again after
+  a failure until both are so anew: what is new, or comes back from a restart, gets the current weights first.
+- Among the replicas that may be used, the one with the fewest samples in flight gets the next prompt. A new batch waits
+  a moment for the answers of all, or the one that answers first would get everything.
 - A replica that is no longer among the targets gets no more prompts. What it has under way may end there; its
   port is closed after that.
 - While no replica can be used callers wait, and every replica is tried again with backoff; after
@@ -15,11 +16,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from steersman.trainer.retry import Backoff, GaveUp, Sleep, Waits
 from steersman.trainer.rollout.ports import Connect, PolicyPort, VersionGate
 from steersman.wire.errors import SteersmanError
+
+# Longer than a replica that is well takes to say so, shorter than a batch.
+_GATHER_SECONDS: Final = 0.5
 
 
 @dataclass(kw_only=True, eq=False)
@@ -67,6 +71,9 @@ class ReplicaPool:
         self._sleep = sleep
         self._changed = asyncio.Condition()
         self._replicas = {target: Replica(port=connect(target)) for target in dict.fromkeys(targets)}
+        # Put to the gate for a new batch, and not heard of since.
+        self._asked: set[Replica] = set()
+        self._gathering: asyncio.TimerHandle | None = None
         # No longer among the targets, but with samples under way.
         self._draining: set[Replica] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,6 +108,10 @@ class ReplicaPool:
         if self._failure is not None:
             self._failure, self._none_ready_since = None, None
         self._in_use = True
+        self._asked.update(replica for replica in self._replicas.values() if replica.recovery is None)
+        if self._gathering is not None:
+            self._gathering.cancel()
+        self._gathering = asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._end_gathering)
         for replica in self._replicas.values():
             self._recover(replica)
         self._note_readiness()
@@ -142,10 +153,19 @@ class ReplicaPool:
             self._end(replica)
         if self._absence is not None:
             self._absence.cancel()
+        if self._gathering is not None:
+            self._gathering.cancel()
         await self._fail(GaveUp("the rollout was closed"))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _end_gathering(self) -> None:
+        if self._asked:
+            self._asked.clear()
+            self._start(self._notify())
+
     def _choose(self, num_samples: int) -> Replica | None:
+        if self._asked:
+            return None
         usable = [
             replica
             for replica in self._replicas.values()
@@ -158,6 +178,7 @@ class ReplicaPool:
 
     def _retire(self, replica: Replica) -> None:
         replica.ready = False
+        self._asked.discard(replica)
         if replica.recovery is not None:
             replica.recovery.cancel()
         if replica.num_in_flight:
@@ -194,6 +215,7 @@ class ReplicaPool:
             failure = error
         # First, so that a failure from here on starts the next recovery.
         replica.recovery = None
+        self._asked.discard(replica)
         if failure is not None:
             await self._fail(failure)
             return
@@ -206,12 +228,16 @@ class ReplicaPool:
         started, attempt, what = self._waits.clock(), 0, f"policy at {replica.port.target}"
         while True:
             try:
-                return await self._gate.ensure_current(replica.port.target)
+                await self._gate.ensure_current(replica.port.target)
+                return await replica.port.ready()
             except SteersmanError as error:
                 if self._seconds_without() >= self._backoff.give_up_seconds:
                     away_seconds = self._waits.clock() - started
                     raise GaveUp(f"{what} stayed away for {away_seconds:.0f} s: {error}") from error
                 delay = max(self._backoff.delay(attempt), error.retry_after_seconds or 0.0)
+            if replica in self._asked:
+                self._asked.discard(replica)
+                await self._notify()
             with self._waits.waiting(what):
                 await self._sleep(delay)
             attempt += 1
