@@ -11,7 +11,9 @@ import torch
 from relay_fleet import MANIFEST, Fault, FlippedBit, Node, Stuck, fleet
 
 from steersman.client import AsyncWeightClient, ChannelSettings, Push, PushReceipt, RelayHop
+from steersman.policy.weights import relay as policy_relay
 from steersman.policy.weights.relay import RelayRules
+from steersman.trainer.weights import relay as trainer_relay
 from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.publisher import Publisher
 from steersman.trainer.weights.relay import RelayDelivery, RelaySettings
@@ -24,6 +26,13 @@ CHUNK_BYTES = 64 * 1024
 SHAPE = MANIFEST.tensors[0].shape
 ONCE = MANIFEST.total_bytes
 Routes = list[tuple[str, list[Any]]]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is given up first is told by this: more than a loaded machine's event loop ever stands still."""
+    for module in (trainer_relay, policy_relay):
+        monkeypatch.setattr(module, "_PATIENCE_PER_LEVEL_S", 0.6)
 
 
 def image(step: int, seed: int | None = None) -> WeightImage:

@@ -12,7 +12,7 @@ Invariants:
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -36,6 +36,14 @@ _PATIENCE_PER_LEVEL_S: Final = 0.15
 _DELTA_SHARE: Final = 0.05
 
 Route = Node[Recipient]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """How it went at some, and who is to be tried again."""
+
+    delivered: list[Delivered]
+    pending: list[Recipient]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,40 +83,39 @@ class RelayDelivery:
 
     async def deliver(self, cargo: Cargo, recipients: Sequence[Recipient]) -> AsyncIterator[Delivered]:
         """As in `Delivery`."""
-        pending = list(recipients)
-        for number in range(_MAX_ROUNDS):
+        under_way: dict[asyncio.Task[_Outcome], int] = {}
+
+        def start(pending: Sequence[Recipient], number: int) -> None:
             is_last = number == _MAX_ROUNDS - 1
-            routes = [Node(item=one) for one in pending] if is_last else self._plan(cargo, pending)
-            failed: list[Recipient] = []
-            async for outcome in self._round(cargo, routes):
-                if isinstance(outcome, Delivered):
-                    yield outcome
-                else:
-                    failed += outcome
-            if not failed:
-                break
-            pending = []
-            seconds = min(_REOPEN_SECONDS, self._settings.stall_seconds)
-            for again in await asyncio.gather(*(_reopen(one, seconds) for one in failed)):
-                if isinstance(again, Delivered):
-                    yield again
-                else:
-                    pending.append(again)
+            for route in [Node(item=one) for one in pending] if is_last else self._plan(cargo, pending):
+                under_way[asyncio.create_task(self._try(cargo, route))] = number
+
+        start(recipients, 0)
+        try:
+            while under_way:
+                done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    number, outcome = under_way.pop(task), task.result()
+                    start(outcome.pending, number + 1)  # at once: other routes may take their time
+                    for one in outcome.delivered:
+                        yield one
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
         self._forgive()
 
-    async def _round(self, cargo: Cargo, routes: Iterable[Route]) -> AsyncIterator[Delivered | list[Recipient]]:
-        """What came of each recipient, as its route ends, or recipients for which it is to be tried again."""
-        tasks = [asyncio.create_task(self._along(cargo, route)) for route in routes]
-        try:
-            for done in asyncio.as_completed(tasks):
-                delivered, failed = await done
-                for one in delivered:
-                    yield one
-                yield failed
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def _try(self, cargo: Cargo, route: Route) -> "_Outcome":
+        """What came of one route; those that are to be tried otherwise have a new push."""
+        delivered, failed = await self._along(cargo, route)
+        seconds = min(_REOPEN_SECONDS, self._settings.stall_seconds)
+        pending: list[Recipient] = []
+        for again in await asyncio.gather(*(_reopen(one, seconds) for one in failed)):
+            if isinstance(again, Delivered):
+                delivered.append(again)
+            else:
+                pending.append(again)
+        return _Outcome(delivered=delivered, pending=pending)
 
     def _plan(self, cargo: Cargo, recipients: Sequence[Recipient]) -> list[Route]:
         """Routes over all of them; those on probation pass nothing on, or are sent to from here. In the order of their
