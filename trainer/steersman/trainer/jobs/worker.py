@@ -147,12 +147,9 @@ def _run_stage(
             world = stack.enter_context(_join())
             world.tell(_BEGIN)
             result = _stage_of(directory, job_file, world, events, lambda: stop() or world.stop_asked(), stages)
-    except SteersmanError as error:
-        logger.exception("job failed")
-        return JobState.FAILED, world.blame(_explain(error))
     except Exception as error:
         logger.exception("job failed")
-        return JobState.FAILED, world.blame(f"{type(error).__name__}: {error}")
+        return JobState.FAILED, world.blame(_explain(error))
     finally:
         events.close()
     if _was_stopped(result, events, asked=stop()):
@@ -168,9 +165,8 @@ def _follow(directory: Path, stop: StopFlag, stages: Stages) -> int:
             if world.hear().name == _BEGIN:
                 _stage_of(directory, folder.read_job_file(directory), world, None, stop, stages)
         except Exception as error:
-            text = _explain(error) if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
             logger.exception("rank failed")
-            world.blame(text)
+            world.blame(_explain(error))
             return EXIT_FAILED
     return 0
 
@@ -190,8 +186,15 @@ def _stage_of(
     stage = stages[job_file.spec.kind]
     config = stage.load_config_class().model_validate(dict(job_file.spec.config))
     run_stage = stage.load_run()
-    with Run(directory, run_id=job_file.job_id, listener=listener, stop_requested=stop_requested, world=world) as run:
-        return run_stage(config, run)
+    try:
+        with Run(
+            directory, run_id=job_file.job_id, listener=listener, stop_requested=stop_requested, world=world
+        ) as run:
+            return run_stage(config, run)
+    except Exception as error:
+        # Before this rank's connections close: the others would only say that they broke.
+        world.blame(_explain(error))
+        raise
 
 
 def _join() -> AbstractContextManager[World]:
@@ -223,7 +226,9 @@ def _as_json(result: object) -> dict[str, object]:
     return {}
 
 
-def _explain(error: SteersmanError) -> str:
+def _explain(error: Exception) -> str:
+    if not isinstance(error, SteersmanError):
+        return f"{type(error).__name__}: {error}"
     if error.reason in (None, Reason.INTERNAL):
         return str(error)
     return error.message

@@ -58,7 +58,7 @@ def make_encoder(config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 class SupervisedTask(Protocol):
-    """What one stage adds to the loop."""
+    """What one stage adds to the loop. On several ranks each has one, and all are called at the same time."""
 
     @property
     def num_records(self) -> int:
@@ -66,14 +66,15 @@ class SupervisedTask(Protocol):
         ...
 
     def accumulate(self, records: list[int]) -> MetricSums:
-        """Adds the gradient of one batch, of these record numbers, to the parameters.
+        """Adds the gradient of one batch, of these record numbers, to the parameters; on several ranks each computes
+        its share.
 
-        Its sums hold ``loss`` and ``num_tokens``, the tokens that went through the model.
+        Its sums hold ``loss`` and ``num_tokens``, the tokens that went through the model of this rank.
         """
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data, under ``eval/``; empty without any."""
+        """Metrics on held-out data, under ``eval/``, the same on every rank; empty without any."""
         ...
 
     def finish(self) -> dict[str, float]:
