@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from steersman.cli import console, yaml_file
+from steersman.cli import console
 from steersman.client.types import Job, JobKind, JobState
 from steersman.wire.errors import FieldViolation, Reason, SteersmanError
 
@@ -62,6 +62,8 @@ class Target:
 
     def values(self) -> dict[str, Any]:
         """What the cluster file says; empty without one. InputError for what is no mapping."""
+        from steersman.cli import yaml_file
+
         values = {} if self.file is None else yaml_file.read(self.file)
         if values is None:
             return {}
@@ -143,8 +145,9 @@ def _connect(target: Target, values: Mapping[str, Any]) -> Any:
         raise console.CommandError(str(error)) from None
 
 
-def check_settings(kind: JobKind, config: Mapping[str, Any]) -> None:
-    """Checks the settings of a job as the trainer service would. INVALID_FIELD names each bad one.
+def check_settings(kind: JobKind, config: Mapping[str, Any]) -> bool:
+    """Checks the settings of a job as the trainer service would. INVALID_FIELD names each bad one; False if that cannot
+    be done here.
 
     The trainer is another room, and may need packages that are not here: then the worker checks, when it starts.
     """
@@ -154,11 +157,12 @@ def check_settings(kind: JobKind, config: Mapping[str, Any]) -> None:
     if done.returncode != 0:
         why = done.stderr.strip().rpartition("\n")[2]
         console.err().print(f"the settings are checked by the worker only: {why}", markup=False)
-        return
+        return False
     violations = [FieldViolation(field=field, description=text) for field, text in json.loads(done.stdout)]
     if violations:
         message = f"{len(violations)} bad settings"
         raise SteersmanError(Reason.INVALID_FIELD, message, violations=violations)
+    return True
 
 
 def follow(jobs: Any, job: Job) -> None:

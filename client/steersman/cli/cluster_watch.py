@@ -18,6 +18,8 @@ from steersman.cluster.problem import ApiProblem
 
 POLL_SECONDS: Final = 2.0
 MAX_WAIT_SECONDS: Final = 60.0
+# An API server that is away for longer is not waited for.
+MAX_AWAY_SECONDS: Final = 300.0
 # States in which nothing moves until somebody moves it.
 _STILL: Final = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 
@@ -58,6 +60,7 @@ class Watcher:
         self._note = note
         self._num_events = 0
         self._num_problems = 0
+        self._answered = time.monotonic()
 
     def events(self) -> Iterator[JobEvent]:
         """What happens, until nothing happens any more by itself. Raises ApiProblem for what does not pass."""
@@ -121,6 +124,7 @@ class Watcher:
             self._bear(problem)
             return None
         self._num_problems = 0
+        self._answered = time.monotonic()
         return now
 
     def _lines(self, tail: _Tail, *, follow: bool, tail_lines: int | None = None) -> Iterator[str]:
@@ -133,7 +137,7 @@ class Watcher:
 
     def _bear(self, problem: ApiProblem) -> None:
         """Waits after a failure that may pass; raises every other."""
-        if not is_transient(problem):
+        if not is_transient(problem) or time.monotonic() - self._answered > MAX_AWAY_SECONDS:
             raise problem
         if self._num_problems == 0:
             self._note(f"{explain_problem(problem, namespace=self._jobs.namespace)}; trying again")

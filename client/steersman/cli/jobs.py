@@ -171,6 +171,7 @@ def job_logs(
         from steersman.cli.cluster_watch import Watcher
 
         with open_jobs(Target(file=cluster_file, namespace=namespace, context=cluster_context)) as cluster:
+            cluster.get(job)  # what is wrong from the beginning is said, not waited for
             watcher = Watcher(cluster, job, note=lambda message: err().print(message, markup=False))
             lines = watcher.log(node=node, follow=follow, tail_lines=tail)
             _write_lines(lines)

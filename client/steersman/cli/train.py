@@ -112,13 +112,13 @@ def submit_to_cluster(
     from steersman.cluster import resources as cluster_resources
 
     settings = cluster.settings_of(target)
-    cluster.check_settings(kind, config)
+    checked = cluster.check_settings(kind, config)
     wanted = cluster_resources.JobResources(**asdict(resources))
     job_id = job_id or new_job_id(kind)
     if how.dry_run or how.validate_only:
         namespace = cluster.namespace_of(target, target.values())
         objects = job_objects(job_id, kind, config, wanted, settings, namespace=namespace)
-        console.err().print("nothing was started")
+        console.err().print(f"{'the settings are good; ' if checked else ''}nothing was started")
         if how.dry_run:
             console.write(yaml.safe_dump_all(objects, sort_keys=False))
         return

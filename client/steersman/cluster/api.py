@@ -189,8 +189,13 @@ class Cluster:
         except client.ApiException as error:
             raise problem_of(error, asked) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiProblem(0, f"the API server does not answer: {error}", asked=asked) from error
+            raise ApiProblem(0, f"the API server does not answer{self._where(error)}", asked=asked) from error
         return response
+
+    def _where(self, error: Exception) -> str:
+        """Which server, and why, without the whole of the request."""
+        reason = str(getattr(error, "reason", None) or error).rpartition(": ")[2]
+        return f" at {self._client.configuration.host}: {reason}"
 
 
 def connect(namespace: str | None, request_seconds: float, *, context: str | None = None) -> Cluster:
@@ -219,6 +224,8 @@ def load_client(context: str | None = None) -> tuple[client.ApiClient, str]:
             chosen = next((one for one in contexts if one["name"] == context), current)
             default = chosen["context"].get("namespace") or "default"
         except (config.ConfigException, OSError) as error:
+            if context is not None:
+                raise NoCluster(f"the kubeconfig has no context {context!r} that can be used: {error}") from error
             message = (
                 f"no way to the Kubernetes API: not in a pod with a service account ({outside}), and no kubeconfig "
                 f"({error}). Set KUBECONFIG, or automountServiceAccountToken: true"

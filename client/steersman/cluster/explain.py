@@ -58,7 +58,7 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
     text = str(problem).lower()
     match problem.status:
         case 0:
-            return "is the API server up, and does a NetworkPolicy or a proxy let this service reach it?"
+            return "is the API server up, and can it be reached from here (network, proxy, NetworkPolicy)?"
         case 401:
             return "the token or certificate is not valid any more: check the ServiceAccount, or log in again"
         case 403 if "exceeded quota" in text:

@@ -45,7 +45,7 @@ def steersman(server: JobApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("STEERSMAN_ON", "kubernetes")
     monkeypatch.setenv("STEERSMAN_CLUSTER", str(tmp_path / "cluster.yaml"))
     # Settings are checked by a process of their own, which is another test's.
-    monkeypatch.setattr("steersman.cli.cluster.check_settings", lambda kind, config: None)
+    monkeypatch.setattr("steersman.cli.cluster.check_settings", lambda kind, config: True)
 
     def run(*arguments: str) -> Result:
         return CliRunner().invoke(app, arguments)
@@ -383,8 +383,22 @@ def test_a_cluster_that_cannot_be_reached(steersman: Steersman, server: JobApiSe
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     away = steersman("jobs", "list")
     assert away.exit_code == 1
-    assert "error: cannot list jobs.batch in namespace rl: the API server does not answer" in away.stderr
-    assert "is the API server up" in away.stderr
+    assert away.stderr == (
+        "error: cannot list jobs.batch in namespace rl: the API server does not answer at http://127.0.0.1:9: "
+        "[Errno 111] Connection refused; is the API server up, and can it be reached from here (network, proxy, "
+        "NetworkPolicy)?\n"
+    )
+    assert steersman("jobs", "logs", "mine", "--follow").exit_code == 1
+
+
+def test_an_api_server_that_stays_away_is_given_up(
+    train: Steersman, steersman: Steersman, server: JobApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("--no-follow")
+    monkeypatch.setattr(cluster_watch, "MAX_AWAY_SECONDS", -1.0)
+    monkeypatch.setattr(cluster_watch, "pause", lambda _: server.refuse("list pods", Refusal(503, "away")))
+    watched = steersman("jobs", "watch", "mine")
+    assert (watched.exit_code, "cannot list pods in namespace rl: 503: away" in watched.stderr) == (1, True)
 
 
 def test_without_a_kubeconfig(train: Steersman, steersman: Steersman, tmp_path: Path) -> None:
@@ -392,6 +406,7 @@ def test_without_a_kubeconfig(train: Steersman, steersman: Steersman, tmp_path: 
     listed = steersman("jobs", "list")
     assert (listed.exit_code, len(listed.stderr.splitlines())) == (1, 1)
     assert "no way to the Kubernetes API" in listed.stderr
+    assert "the kubeconfig has no context 'other'" in steersman("jobs", "list", "--context", "other").stderr
     dry = train("--dry-run")
     assert dry.exit_code == 0
     assert yaml.safe_load(dry.stdout)["metadata"]["namespace"] == "default"

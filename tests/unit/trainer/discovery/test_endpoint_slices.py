@@ -312,7 +312,7 @@ def test_in_a_pod_the_service_account_and_its_namespace_are_used(
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
     monkeypatch.setattr("kubernetes.config.incluster_config.SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
-    monkeypatch.setattr(cluster, "_NAMESPACE_FILE", tmp_path / "namespace")
+    monkeypatch.setattr("steersman.cluster.api._NAMESPACE_FILE", tmp_path / "namespace")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
     settings = []
