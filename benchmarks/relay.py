@@ -5,7 +5,8 @@ Two fleets of eight processes on loopback:
 - policy servers with vLLM and a small model, for the figure: publications along a chain and along a tree, against one
   to a single replica;
 - the same servers without an engine and with larger weights, for the times: with two of them the constants of a hop are
-  measured, and what the simulator then predicts for eight is compared with what eight take.
+  measured, with four what processes cost each other that share cores, and what the simulator then predicts for eight is
+  compared with what eight take.
 
 Bytes are those that the kernel counts for the trainer process's own TCP sockets (see `relay_sides.sent_bytes`).
 """
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -24,7 +26,7 @@ import numpy as np
 
 from benchmarks import toymodel
 from benchmarks.context import Context, Measured
-from benchmarks.relay_simulator import Costs, Load, Network, predict
+from benchmarks.relay_simulator import Costs, Load, Network, crowded_share, predict
 from benchmarks.stack import CORES, Service, running, tail, thread_environment
 from steersman.trainer.weights.routes import Topology, plan
 from steersman.wire.limits import WEIGHT_CHUNK_BYTES
@@ -61,6 +63,8 @@ def run(context: Context) -> Measured:
         for topology in ("chain", "tree")
     }
     costs, constants = calibrate(large)
+    costs = crowded(large, costs)
+    constants |= {"crowding": round(costs.crowding, 3), "delta_crowding": round(costs.delta_crowding, 3)}
     return Measured(
         figures={"relay8_trainer_bytes_ratio": max(ratios.values())},
         detail={
@@ -110,6 +114,20 @@ def calibrate(series: Series) -> tuple[Costs, dict[str, float]]:
         "apply_gb_per_s": 1e-9 / apply,
     }
     return costs, {name: round(value, 4) for name, value in constants.items()}
+
+
+def crowded(series: Series, costs: Costs) -> Costs:
+    """The costs with what processes on shared cores cost each other, from a chain of half the fleet."""
+    dense_bytes, shares = series["weights"][0]["dense_bytes"], []
+    for is_delta in (False, True):
+        rows = series["delta, half" if is_delta else "half"]
+        num = len(rows[0]["stream_cpu_s"]) - 1
+        load = _load(series, dense_bytes, is_delta=is_delta)
+        routes = plan(range(num), [], Topology.CHAIN, fan_out=2, nbytes=load.wire_bytes)
+        alone = predict(routes, load, costs, Network()).cpu_seconds
+        excess = median(sum(row["stream_cpu_s"]) for row in rows) / alone - 1
+        shares.append(max(0.0, excess / crowded_share(num, CORES)) if crowded_share(num, CORES) else 0.0)
+    return replace(costs, crowding=shares[0], delta_crowding=shares[1])
 
 
 def hop_seconds(rows: Sequence[Mapping[str, Any]]) -> float:

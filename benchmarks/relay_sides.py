@@ -195,6 +195,10 @@ async def measure(pids: dict[str, int], repetitions: int, *, calibrate: bool) ->
     await trainer.series("tree", targets, Topology.TREE, repetitions)
     if calibrate:
         await trainer.series("two", targets[:2], Topology.CHAIN, repetitions)
+        # Half of the fleet, to see what more processes than cores cost each other.
+        half = targets[: max(2, len(targets) // 2)]
+        await trainer.series("half", half, Topology.CHAIN, repetitions)
+        await trainer.series("delta, half", half, Topology.CHAIN, repetitions, is_delta=True)
         await trainer.series("direct", targets, Topology.DIRECT, repetitions)
         await trainer.series("delta, one", targets[:1], Topology.DIRECT, repetitions, is_delta=True)
         for topology in (Topology.DIRECT, Topology.CHAIN, Topology.TREE):

@@ -12,7 +12,13 @@ Streams open one after the other down a route, `hop_s` each. A recurrence x(k) =
 maximum of a(k) - k s, so all chunks of a machine are calculated at once. Every replica then verifies and activates.
 
 On one machine that all share, as in the check against real processes, nothing is faster than the processor time of
-everything over the number of cores.
+everything over the number of cores. And with more processes than cores all of it takes longer, since a process finds
+in the caches what others left there: with n processes on m cores, a chunk's process was the last one on its core in m
+of n cases, so processor time grows by the factor
+
+    1 + crowding * max(0, 1 - m / n)
+
+which has no meaning where each replica is a machine of its own.
 """
 
 import math
@@ -44,6 +50,8 @@ class Costs:
         activate_s: from staged to active.
         encode_s_per_byte: of dense weights, finding and coding what has changed, by one thread (the trainer has two).
         apply_s_per_byte: of dense weights, applying that.
+        crowding: what caches and memory that all processes share cost at most, as a share of processor time, dense.
+        delta_crowding: the same for deltas.
     """
 
     chunk_bytes: int
@@ -56,6 +64,8 @@ class Costs:
     activate_s: float = 0.0
     encode_s_per_byte: float = 0.0
     apply_s_per_byte: float = 0.0
+    crowding: float = 0.0
+    delta_crowding: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +102,17 @@ def predict(routes: Sequence[Node[int]], load: Load, costs: Costs, network: Netw
     streamed, work = _flow(routes, load, costs, network), _work(routes, num_replicas, load, costs)
     verified = once = load.dense_bytes * costs.verify_s_per_byte
     if network.shared_cores is not None:
+        crowding = costs.delta_crowding if load.is_delta else costs.crowding
+        work *= 1 + crowding * crowded_share(num_replicas, network.shared_cores)
         streamed = max(streamed, work / network.shared_cores)
         verified *= max(1.0, num_replicas / network.shared_cores)
     seconds = costs.begin_s + once + streamed + verified + costs.activate_s
     return Prediction(seconds=seconds, cpu_seconds=work, trainer_bytes=load.wire_bytes * len(routes))
+
+
+def crowded_share(num_replicas: int, num_cores: int) -> float:
+    """How often a process, of those of the replicas and the trainer's, was not the last one on its core."""
+    return max(0.0, 1 - num_cores / (num_replicas + 1))
 
 
 def _flow(routes: Sequence[Node[int]], load: Load, costs: Costs, network: Network) -> float:

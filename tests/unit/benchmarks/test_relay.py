@@ -47,6 +47,20 @@ def test_the_constants_of_a_hop_are_found() -> None:
     assert constants["forward_ms_per_chunk"] == 3.0
 
 
+def test_crowding_is_what_half_the_fleet_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "CORES", 2)
+    costs, _ = relay.calibrate(series())
+    alone = CHUNKS * (0.001 + 3 * 0.003 + 4 * 0.002)
+    half = {"half": [row(1.0, 1.3 * alone, 0, 0, 0, 0)], "delta, half": [row(1.0, 1e-9, 0, 0, 0, 0)]}
+    found = relay.crowded(series() | half, costs)
+    # Five processes on two cores: three times in five another one was there.
+    assert found.crowding == pytest.approx(0.3 / 0.6)
+    assert found.delta_crowding == 0.0
+    checked = relay.check(series(), found, 8)
+    expected = CHUNKS * (0.001 + 7 * 0.003 + 8 * 0.002) * (1 + 0.5 * 7 / 9)
+    assert checked["chain"]["predicted_cpu_s"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_check_and_the_table_cover_every_load_and_topology(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "PREDICTED_REPLICAS", (8, 100))
     costs, _ = relay.calibrate(series())
