@@ -104,18 +104,6 @@ def test_micro_batches_and_kept_graphs_change_nothing(changes: dict[str, Any]) -
         assert metrics == pytest.approx(whole_metrics, rel=2e-3, abs=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_epochs": 2, "num_minibatches": 2}, {"critic_warmup_steps": 1}])
-def test_actor_and_critic_side_by_side_give_what_they_give_in_turns(changes: dict[str, Any]) -> None:
-    in_turns_metrics, in_turns = update(config(micro_batch_tokens=40, **changes))
-    torch.set_num_threads(2)
-    try:
-        metrics, parameters = update(config(micro_batch_tokens=40, **changes))
-    finally:
-        torch.set_num_threads(1)
-    assert_alike(parameters, in_turns)
-    assert metrics == pytest.approx(in_turns_metrics, rel=2e-3, abs=2e-5)
-
-
 def slow_step(settings: PpoConfig, kl_coef: float) -> tuple[dict[str, float], list[Tensor]]:
     """PPO token by token, sequence by sequence, with whole logits and no batching at all."""
     actor, critic = models()

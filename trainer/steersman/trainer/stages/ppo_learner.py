@@ -10,7 +10,6 @@ Invariants:
   the policy ratio is exactly one, so that forward pass is also the one that is differentiated: its graph is kept
   for as many tokens as `retained_tokens` allows, and only what exceeds it is computed a second time.
 - While only the critic learns, nothing is differentiated through the actor.
-- Actor and critic share nothing, so on a CPU they are computed at once, each on half of the threads.
 - On several ranks each has the whole batch, computes the rows of its share, and adds up with the others: log-probs and
   values of all rows, hence the same targets everywhere; then gradients. Ranks make as many passes as the one that makes
   most, with rows that do not count where they have no more: every pass is a collective.
@@ -19,7 +18,6 @@ Invariants:
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +37,6 @@ from steersman.trainer.stages.optim import apply_update, build_optimizer
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
 from steersman.trainer.stages.ppo_config import PpoConfig
-from steersman.trainer.stages.side_by_side import SideBySide
 from steersman.trainer.stages.trained import Trained
 from steersman.trainer.weights.image import Image, WeightImage
 from steersman.wire.identity import WeightVersion
@@ -136,17 +133,11 @@ class PpoLearner:
         self._retained_tokens = default if config.retained_tokens is None else config.retained_tokens
         self._trained = Trained(world=world, models={"actor": actor, "critic": critic}, optimizers=self._optimizers)
         self._lr = dict.fromkeys(self._optimizers, 0.0)
-        # Ranks gather weights in one order, which threads would not keep; an accelerator takes turns anyway.
-        self._both = SideBySide(enabled=world.size == 1 and self._device.type == "cpu")
 
     def update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
         """Trains on one batch; gives its metrics. `step` counts from 0 and sets the learning rates."""
         if not rollouts:
             raise ValueError("rollouts are empty, at least one is needed")
-        with self._both.halves():
-            return self._update(rollouts, step=step, kl_coef=kl_coef)
-
-    def _update(self, rollouts: Sequence[Rollout], *, step: int, kl_coef: float) -> dict[str, float]:
         config = self._config
         data = RolloutTensors.of(rollouts, self._device, step=step)
         single = config.num_epochs == 1 and config.num_minibatches == 1
@@ -244,15 +235,15 @@ class PpoLearner:
             micro, outputs = micros.pop(0)  # the graph of a micro-batch dies with its backward pass
             outputs = outputs if outputs is not None else self._forward(micro, step, grad=True)
             own = MetricSums()
-            losses, ratio = self._losses(micro, outputs, targets, kl_coef, num_tokens, own)
+            loss, ratio = self._losses(micro, outputs, targets, kl_coef, num_tokens, own)
             del outputs
             if micro.counts:
                 sums.merge(own)
                 ratio_sum += ratio
             else:
                 sums.add({name: torch.zeros_like(value) for name, value in own.totals.items()}, count=0)
-                losses = losses[0] * 0.0, losses[1] * 0.0
-            self._both.run(*(partial(_differentiate, loss) for loss in losses))
+                loss = loss * 0.0
+            loss.backward()  # type: ignore[no-untyped-call]
         self._world.sum(ratio_sum)
         ratios.append(float(ratio_sum) / num_tokens)
         for name, optimizer in self._optimizers.items():
@@ -276,10 +267,8 @@ class PpoLearner:
         kl_coef: float,
         num_tokens: int,
         sums: MetricSums,
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The losses of actor and critic of a micro-batch as its share of the minibatch, and the sum of its policy
-        ratios.
-        """
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch as its share of the minibatch, and the sum of its policy ratios."""
         config = self._config
         mask_bT = targets.mask_BT[micro.rows_b]
         all_t = torch.ones_like(micro.targets_t, dtype=torch.bool)
@@ -306,7 +295,7 @@ class PpoLearner:
             denominator=num_tokens,
         )
         sums.add({**actor.sums, **critic.sums}, count=actor.count)
-        loss = actor.loss
+        loss = actor.loss + critic.loss
         if config.kl.place == "loss" and kl_coef > 0:
             kl = kl_loss(
                 outputs.logprobs_t,
@@ -323,7 +312,7 @@ class PpoLearner:
             sums.add({"entropy": entropy.detach()}, count=actor.count)
             if config.entropy_coefficient > 0:
                 loss = loss - config.entropy_coefficient * entropy / num_tokens
-        return (loss, critic.loss), actor.sums["policy/ratio"].double()
+        return loss, actor.sums["policy/ratio"].double()
 
     def _is_warm_up(self, step: int) -> bool:
         return step < self._config.critic_warmup_steps
@@ -348,17 +337,10 @@ class PpoLearner:
             values_t: Tensor = self._value_head(states_tD).squeeze(-1).float()
             return values_t
 
-        def act() -> tuple[Tensor, Tensor | None]:
-            with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
-                taken: tuple[Tensor, Tensor | None] = self._actor_scope(take)
-            return taken
-
-        def criticise() -> Tensor:
-            with torch.set_grad_enabled(grad), self._placement.autocast():
-                values_t: Tensor = self._critic_scope(judge)
-            return values_t
-
-        (logprobs_t, entropy_t), values_t = self._both.run(act, criticise)
+        with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
+            logprobs_t, entropy_t = self._actor_scope(take)
+        with torch.set_grad_enabled(grad), self._placement.autocast():
+            values_t = self._critic_scope(judge)
         return _Outputs(logprobs_t=logprobs_t, values_t=values_t, entropy_t=entropy_t)
 
     def _passes(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[Pass]:
@@ -404,12 +386,6 @@ class PpoLearner:
 
 def _num_tokens(rollouts: Sequence[Rollout]) -> int:
     return sum(len(rollout.response_ids) for rollout in rollouts)
-
-
-def _differentiate(loss: Tensor) -> None:
-    # While only the critic learns, the actor's loss is a constant.
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _scatter(into_BT: Tensor, mask_BT: Tensor, rows_b: Tensor, values_t: Tensor) -> None:
