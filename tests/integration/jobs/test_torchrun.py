@@ -12,7 +12,10 @@ from steersman.trainer.jobs.node import WORKER, Place, torchrun_command
 WORKER_PROGRAM = """
 import os, sys
 assert (os.environ["WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]) == ("2", "1")
-sys.exit(int(sys.argv[1].split(",")[int(os.environ["RANK"])]))
+code = int(sys.argv[1].split(",")[int(os.environ["RANK"])])
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
 """
 
 

@@ -185,8 +185,7 @@ class Node:
             raise
         finally:
             ending.cancel()
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            _kill_all()
             await done
 
 
@@ -194,6 +193,15 @@ async def _cancel(task: "asyncio.Task[Any]") -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
+
+
+def _kill_all() -> None:
+    """Ends all that this process started. Workers are in sessions of their own, and would go on without torchrun; in a
+    pod those that lost it are this process's too.
+    """
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _ask_workers(torchrun: int) -> None:

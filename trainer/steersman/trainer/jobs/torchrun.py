@@ -4,6 +4,7 @@ By itself it exits with 1 for every failure of a worker, so that one which wrote
 told to could not be told from one that broke.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ EXIT_FAILED = 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs torchrun to its end. Returns 0 if all workers of this node did, EXIT_STOPPED if told to stop, or 1."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run
 
@@ -21,7 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(list(sys.argv[1:] if argv is None else argv))
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        return EXIT_STOPPED if codes == {EXIT_STOPPED} else EXIT_FAILED
+        # One that was told to stop before it listened for that has no checkpoint to write.
+        return EXIT_STOPPED if codes <= {EXIT_STOPPED, -signal.SIGTERM} else EXIT_FAILED
+    except SignalException:
+        return EXIT_STOPPED  # before there were workers
     return 0
 
 
