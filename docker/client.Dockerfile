@@ -1,4 +1,5 @@
-# The `steersman` command and the Python client: no torch.
+# The `steersman` command and the Python client: no torch, and no Kubernetes client, which would make it half as large again
+# (`steersman train --on kubernetes` is for where a kubeconfig is).
 #
 #     docker build --file docker/client.Dockerfile --tag steersman/client:0.1.0 .
 ARG BASE_IMAGE=debian:bookworm-slim
@@ -19,7 +20,7 @@ COPY constraints.txt ./
 COPY pyproject.toml LICENSE ./
 RUN --mount=type=secret,id=pip --mount=type=secret,id=ca \
     touch README.md \
-    && pip install ".[kubernetes]" \
+    && pip install ".[cli]" \
     && pip uninstall --yes steersman \
     && echo /opt/sources > "$(echo /opt/steersman/lib/python3*/site-packages)/steersman.pth"
 
