@@ -170,7 +170,10 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # After an error the group ends with the process: leaving it could wait for a rank that is lost, and there is
+        # still to be recorded why.
+        if error is None:
+            self.close()
 
     def _is_set(self, key: str) -> bool:
         try:

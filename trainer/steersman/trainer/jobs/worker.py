@@ -160,14 +160,13 @@ def _run_stage(
 
 def _follow(directory: Path, stop: StopFlag, stages: Stages) -> int:
     """Runs the stage beside the lead, which owns the folder and records the job. Returns the exit status."""
-    with _join() as world:
-        try:
+    try:
+        with _join() as world:
             if world.hear().name == _BEGIN:
                 _stage_of(directory, folder.read_job_file(directory), world, None, stop, stages)
-        except Exception as error:
-            logger.exception("rank failed")
-            world.blame(_explain(error))
-            return EXIT_FAILED
+    except Exception:
+        logger.exception("rank failed")
+        return EXIT_FAILED
     return 0
 
 
