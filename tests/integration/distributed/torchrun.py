@@ -21,10 +21,18 @@ async def torchrun(num_ranks: int, log: Path, *program: str) -> AsyncIterator[as
         "GLOO_SOCKET_IFNAME": "lo",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
     }
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
+    # A machine may not know its own name.
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
-            *launcher, *program, stdout=output, stderr=output, env=environment, start_new_session=True
+            *launcher,
+            "--nproc-per-node",
+            str(num_ranks),
+            *program,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
     try:
         yield process

@@ -142,12 +142,12 @@ def test_two_ranks_push_their_shards_into_a_real_engine(
     job = {"job_id": "ranks", "kind": "ppo", "config": settings.model_dump(mode="json"), "resources": {}}
     spec.write_text(json.dumps(job))
     assert standalone.prepare(run_directory, spec)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            [*launcher, "-m", "steersman.trainer.jobs.worker", str(run_directory)],
+            [*launcher, "--nproc-per-node", "2", "-m", "steersman.trainer.jobs.worker", str(run_directory)],
             stdout=output,
             stderr=output,
             env=environment,
