@@ -229,3 +229,15 @@ def test_a_state_goes_on_bit_by_bit() -> None:
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="rollouts are empty"):
         PpoLearner(*models(), config()).update([], step=0, kl_coef=0.1)
+
+
+def test_images_lie_where_they_are_asked_for() -> None:
+    version = WeightVersion(run_id="demo.1", step=1)
+    services = {"push_image": "device"}
+    learner = PpoLearner(*models(), config(services=services))
+    learner.actor.to("meta")  # a device that nothing can be copied from
+    assert learner.image(version) is not None
+    learner = PpoLearner(*models(), config())
+    learner.actor.to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        learner.image(version)

@@ -73,6 +73,12 @@ class ServiceSettings(_Settings):
         "wide-area links (compact), or what changed where few elements have (auto). All but dense hold the version "
         "before in host memory until the difference is encoded.",
     )
+    push_image: Literal["host", "device"] = Field(
+        default="host",
+        description="Where the copies of the weights lie that are pushed: in host memory, or on the device of the "
+        "model, where changes are then found and packed; that takes its memory, twice the actor while they are. Several "
+        "ranks keep theirs on the host.",
+    )
     delta_history_mib: int = Field(
         default=256,
         ge=0,

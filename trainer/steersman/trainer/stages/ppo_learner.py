@@ -210,7 +210,8 @@ class PpoLearner:
     def image(self, version: WeightVersion) -> WeightImage | None:
         """A copy of the actor's weights, to be published; None but on the lead. A collective."""
         actor = self.whole_actor()
-        return WeightImage.of(actor, version) if actor is not None else None
+        device = "cpu" if self._config.services.push_image == "host" else None
+        return WeightImage.of(actor, version, device=device) if actor is not None else None
 
     def whole_actor(self) -> PreTrainedModel | None:
         """The actor with all its weights; None but on the lead. A collective."""
