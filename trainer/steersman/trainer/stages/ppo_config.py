@@ -76,8 +76,8 @@ class ServiceSettings(_Settings):
     push_image: Literal["host", "device"] = Field(
         default="host",
         description="Where the copies of the weights lie that are pushed: in host memory, or on the device of the "
-        "model, where changes are then found and packed; that takes its memory, twice the actor while they are. Several "
-        "ranks keep theirs on the host.",
+        "model, where changes are then found and packed; that takes its memory, twice the actor while they are. "
+        "Several ranks keep theirs on the host.",
     )
     delta_history_mib: int = Field(
         default=256,
