@@ -159,13 +159,14 @@ class Coordinator:
         async with living(Line(reader, writer, self._patience)) as line, self._known(line):
             hello = await line.receive()
             node = (hello or {}).get("node")
-            if not isinstance(node, int) or not 0 <= node < self._num_nodes:
+            if type(node) is not int or not 0 <= node < self._num_nodes:
                 logger.warning("something that is no node of this job has called")
                 return
             await self._events.put(_Event(node, line, joined=True))
             while (message := await line.receive()) is not None:
-                if isinstance(code := message.get("ended"), int):
-                    number, leaving = int(message.get("round", 0)), bool(message.get("leaving"))
+                code, number = message.get("ended"), message.get("round")
+                if type(code) is int and type(number) is int:
+                    leaving = bool(message.get("leaving"))
                     await self._events.put(_Event(node, line, ended=code, round=number, leaving=leaving))
             await self._events.put(_Event(node, line))
 
