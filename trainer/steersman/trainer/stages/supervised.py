@@ -208,6 +208,7 @@ class _Checkpoints:
             self._trained.write(Path(self._run.world.from_lead(None).decode()))
             return
         state = {"optimizer": self._trained.state_dict()[""], "random": random_state(), "identity": self._identity}
+        self._run.sync()
         self._store.save(step, state=state, write_files=self._write)
 
     def resume(self) -> int:
