@@ -5,12 +5,15 @@ It computes what the modules of transformers compute, with their weights, in few
 - the last layer, from its queries on, only for the tokens whose state is asked for;
 - the feed-forward block a few hundred tokens at a time, and in place, so that what lies between its products is still
   in the cache;
-- the rotation of queries and keys without the copies that turning them around takes.
+- the rotation of queries and keys without the copies that turning them around takes;
+- on a small model a few tokens more than there are, so that few numbers of tokens occur: oneDNN generates code for one
+  that it has not seen, and takes a millisecond for it at each shape of weights.
 
 Only for architectures that are known to be nothing else (`KINDS`), and whoever uses it has to compare with the model's
 own output: a later version of an architecture may do more.
 """
 
+import dataclasses
 from typing import Any, Final
 
 import numpy as np
@@ -19,12 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steersman.serving.packed_attention import attend_last, attend_segments
-from steersman.serving.packing import Pack
+from steersman.serving.packing import Pack, pad_pack, round_up
 
 KINDS: Final = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 # Tokens at a time through norms and feed-forward block.
 _CHUNK_TOKENS: Final = 512
+
+# Padding costs at most so many parameters times tokens, 3 ms of a core: less than code for a new number of tokens.
+_MAX_PADDING: Final = 2**28
 
 
 class PackedDecoder:
@@ -39,12 +45,20 @@ class PackedDecoder:
         self._rotary: nn.Module = transformer.rotary_emb
         self._layers = list(transformer.layers)
         self._norm: nn.Module = transformer.norm
+        num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+        self._max_step = 1 << (_MAX_PADDING // num_parameters).bit_length() >> 1
 
     def run(self, pack: Pack, device: torch.device, asked: NDArray[np.int64] | None = None) -> Tensor:
         """Last hidden states [rows, hidden size] at the last token of each row of a pack; in inference mode.
 
-        With `asked`, which are places in the pack, at these instead: [asked, hidden size].
+        With `asked`, which are places in the pack, at these instead: [asked, hidden size]. Behind those that are meant
+        there may be a few rows more, so that few sizes occur.
         """
+        pack = pad_pack(pack, round_up(len(pack.token_ids), self._max_step))
+        places = pack.last if asked is None else asked
+        places = np.pad(places, (0, round_up(len(places), self._max_step) - len(places)))
+        if asked is None:
+            pack = dataclasses.replace(pack, last=places)
         states = self._embedding(torch.from_numpy(pack.token_ids).to(device, non_blocking=True))
         positions = torch.from_numpy(pack.positions).to(device, non_blocking=True)
         cos, sin = (each[0, :, None] for each in self._rotary(states[None], positions[None]))
@@ -52,7 +66,7 @@ class PackedDecoder:
             attended = _attend(layer.self_attn, _normalize(layer.input_layernorm, states), cos, sin, pack)
             states += layer.self_attn.o_proj(attended)
             _feed_forward(layer, states)
-        layer, chosen = self._layers[-1], torch.from_numpy(pack.last if asked is None else asked).to(device)
+        layer, chosen = self._layers[-1], torch.from_numpy(places).to(device)
         normal = _normalize(layer.input_layernorm, states)
         if asked is None:
             attended = _attend(layer.self_attn, normal, cos, sin, pack, chosen)

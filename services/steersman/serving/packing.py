@@ -85,6 +85,31 @@ def pack_rows(rows: Sequence[NDArray[np.int32]]) -> Pack:
     )
 
 
+def round_up(number: int, max_step: int) -> int:
+    """The next of few sizes: a multiple of `max_step`, or of an eighth of the power of two below, where that is less.
+
+    >>> [round_up(number, 32) for number in (1, 9, 100, 300, 1000)]
+    [1, 9, 104, 320, 1024]
+    """
+    step = max(1, min(max_step, 1 << max(0, number.bit_length() - 4)))
+    return -(-number // step) * step
+
+
+def pad_pack(pack: Pack, num_tokens: int) -> Pack:
+    """The pack with a segment of its own of token 0 behind it, which is of no row, so that it has `num_tokens`."""
+    size = len(pack.token_ids)
+    if num_tokens <= size:
+        return pack
+    more = (0, num_tokens - size)
+    return dataclasses.replace(
+        pack,
+        token_ids=np.pad(pack.token_ids, more),
+        # All at the start: rotary embeddings that adapt to the highest position must not see one that is not there.
+        positions=np.pad(pack.positions, more),
+        segments=(*pack.segments, Segment(start=size, stop=num_tokens)),
+    )
+
+
 def _cut_path(path: tuple[Span, ...], length: int) -> tuple[Span, ...]:
     """The first `length` tokens of a path."""
     kept: list[Span] = []

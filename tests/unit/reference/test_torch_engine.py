@@ -22,6 +22,7 @@ from steersman.reference.engine.port import LogprobQuery
 from steersman.reference.engine.torch_engine import TorchLogprobEngine
 from steersman.reference.settings import ReferenceSettings
 from steersman.serving.models import digest_folder
+from steersman.serving.packing import round_up
 from steersman.wire.identity import ModelInfo
 
 VOCAB = 97
@@ -97,7 +98,7 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing():
     num_tokens: list[int] = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: num_tokens.append(len(output)))
     outcomes = engine.compute(batch)
-    assert sum(num_tokens) == 42 + 9 + 22
+    assert num_tokens == [round_up(42 + 9 + 22, 64)]
     for query, row in zip(batch, outcomes, strict=True):
         logprobs, entropies = plain_loop(model, query)
         np.testing.assert_allclose(row.logprobs, logprobs, atol=1e-5)
@@ -134,6 +135,19 @@ def test_the_projection_never_sees_more_rows_than_a_chunk():
     assert sum(seen) == sum(len(row.logprobs) for row in rows)
     for query, row in zip(batch, rows, strict=True):
         np.testing.assert_allclose(row.logprobs, plain_loop(model, query)[0], atol=1e-5)
+
+
+def test_batches_of_all_sizes_give_the_same_log_probs_and_few_sizes_are_computed():
+    model = tiny_qwen()
+    engine = engine_of(model)
+    batch = queries(list(np.random.default_rng(4).integers(5, 40, 24)))
+    expected = [plain_loop(model, query) for query in batch]
+    sizes: set[int] = set()
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.add(len(output)))
+    for stop in range(1, len(batch) + 1):
+        for row, (logprobs, _) in zip(engine.compute(batch[:stop]), expected, strict=False):
+            np.testing.assert_allclose(row.logprobs, logprobs, atol=1e-5)
+    assert all(size == round_up(size, 64) for size in sizes)
 
 
 @pytest.mark.parametrize(

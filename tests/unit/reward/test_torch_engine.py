@@ -28,6 +28,8 @@ from transformers import (
 from steersman.reward.engine.port import Normalization
 from steersman.reward.engine.torch_engine import TorchScoreEngine, read_normalization
 from steersman.reward.settings import ModelScorerSettings
+from steersman.serving import packed_decoder
+from steersman.serving.packing import round_up
 from steersman.wire.identity import ModelInfo
 
 VOCAB = 61
@@ -131,7 +133,8 @@ def test_shared_beginnings_are_computed_once_and_change_nothing(kind, config):
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: computed.append(args[0].numel()))
     scores = engine.score(rows)
     hook.remove()
-    assert computed == [20 + 18 + 1 + 9 + 30 + 5 + 14 + 33]
+    num_tokens = 20 + 18 + 1 + 9 + 30 + 5 + 14 + 33
+    assert computed == [num_tokens if kind is GPT2ForSequenceClassification else round_up(num_tokens, 64)]
     np.testing.assert_allclose(scores, plain_loop(model, rows), atol=1e-5)
     np.testing.assert_allclose(scores, engine.score(rows[::-1])[::-1], atol=1e-5)
     apart = TorchScoreEngine(model, INFO, share_prefixes=False)
@@ -149,7 +152,30 @@ def test_the_last_layer_computes_last_tokens_alone(kind, config):
     for layer, seen in zip(model.model.layers, counts, strict=True):
         layer.mlp.down_proj.register_forward_hook(lambda _, __, output, seen=seen: seen.append(len(output)))
     engine.score(rows)
-    assert counts == [[20 + 18 + 1 + 9 + 30 + 5 + 14 + 33], [len(rows)]]
+    assert counts == [[round_up(20 + 18 + 1 + 9 + 30 + 5 + 14 + 33, 64)], [len(rows)]]
+
+
+def test_packs_of_all_sizes_give_the_same_scores_and_few_sizes_are_computed():
+    model = tiny_qwen(max_position_embeddings=1024)
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(1, VOCAB, length, dtype=np.int32) for length in rng.integers(9, 40, 40)]
+    engine = TorchScoreEngine(model, ModelInfo(name="tiny", vocab_size=VOCAB, max_sequence_tokens=1024))
+    expected = plain_loop(model, rows)
+    sizes: set[int] = set()
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: sizes.add(args[0].numel()))
+    for stop in range(1, len(rows) + 1):
+        np.testing.assert_allclose(engine.score(rows[:stop]), expected[:stop], atol=1e-5)
+    assert len(sizes) < 0.8 * len(rows)
+
+
+def test_a_large_model_computes_no_tokens_beyond_those_it_is_given(monkeypatch):
+    monkeypatch.setattr(packed_decoder, "_MAX_PADDING", 1)  # as if it had as many parameters as that allows
+    model = tiny_qwen()
+    engine = TorchScoreEngine(model, INFO)
+    computed: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: computed.append(args[0].numel()))
+    engine.score([np.arange(33, dtype=np.int32)])
+    assert computed == [33]
 
 
 def test_an_architecture_that_does_more_than_is_known_goes_through_its_own_modules():

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steersman.serving.packing import Pack, Segment, pack_rows
+from steersman.serving.packing import Pack, Segment, pack_rows, pad_pack, round_up
 from steersman.serving.prefixes import MIN_SHARED_TOKENS, num_shared, sort_key
 
 # Rows made of few different pieces, so that they share beginnings of all lengths.
@@ -56,6 +56,28 @@ def test_nothing_that_is_long_enough_is_computed_twice(rows):
     distinct = {tuple(each[: length + 1]) for each in rows for length in range(len(each))}
     # A beginning may be there twice only where rows part within their first tokens.
     assert len(distinct) <= len(pack_rows(rows).token_ids) <= len(distinct) + len(rows) * (MIN_SHARED_TOKENS - 1)
+
+
+@given(st.integers(1, 1 << 20), st.sampled_from([0, 1, 2, 8, 64, 256]))
+def test_sizes_are_rounded_up_by_an_eighth_at_most(number, max_step):
+    rounded = round_up(number, max_step)
+    assert number <= rounded < number + max(1, max_step)
+    assert rounded <= number * 9 / 8
+    assert round_up(rounded, max_step) == rounded
+
+
+def test_few_sizes_occur():
+    assert len({round_up(number, 64) for number in range(1, 4097)}) < 120
+
+
+@given(ROWS, st.integers(0, 9))
+def test_padding_is_of_no_row_and_after_all_of_them(rows, more):
+    pack = pack_rows(rows)
+    size = len(pack.token_ids)
+    padded = pad_pack(pack, size + more)
+    assert len(padded.token_ids) == len(padded.positions) == padded.segments[-1].stop == size + more
+    assert padded.positions[size:].tolist() == [0] * more
+    assert [unpack(padded, index) for index in range(len(rows))] == [unpack(pack, index) for index in range(len(rows))]
 
 
 def test_a_conversation_and_its_answers():

@@ -60,7 +60,8 @@ class TorchLogprobEngine:
         self._post_process = _logit_transform(model.config.get_text_config())
         self.device = next(model.parameters()).device
         self._pad_id = pad_token_id(model.config)
-        self._chunk_tokens = max(1, logits_chunk_bytes // (4 * info.vocab_size))
+        chunk_tokens = max(1, logits_chunk_bytes // (4 * info.vocab_size))
+        self._chunk_tokens = chunk_tokens - chunk_tokens % 8 or chunk_tokens
         self._decoder: PackedDecoder | None = None
         self._verify()
         # On accelerators a pass over padded rows takes fewer kernels.
@@ -94,16 +95,19 @@ class TorchLogprobEngine:
         """See `LogprobEngine.compute`."""
         counts = np.array([len(query.token_ids) - query.prompt_length for query in queries])
         temperatures = np.array([query.temperature for query in queries], np.float32)
+        hidden_NH = self._padded_states(queries, counts) if self._decoder is None else self._packed_states(queries)
+        # States of no position may stand behind the others; what they predict is not read.
+        more = (0, len(hidden_NH) - int(counts.sum()))
         temperature_N = None
         if np.any(temperatures != 1.0):
-            temperature_N = torch.from_numpy(np.repeat(temperatures, counts)).to(self.device)
+            repeated = np.pad(np.repeat(temperatures, counts), more, constant_values=1)
+            temperature_N = torch.from_numpy(repeated).to(self.device)
         targets = np.concatenate([query.token_ids[query.prompt_length :] for query in queries])
-        targets_N = torch.from_numpy(targets.astype(np.int64)).to(self.device)
-        hidden_NH = self._padded_states(queries, counts) if self._decoder is None else self._packed_states(queries)
+        targets_N = torch.from_numpy(np.pad(targets.astype(np.int64), more)).to(self.device)
         with_entropy = any(query.include_entropy for query in queries)
         logprobs_N, entropies_N = self._project(hidden_NH, targets_N, temperature_N, with_entropy)
 
-        ends = np.cumsum(counts)[:-1]
+        ends = np.cumsum(counts)
         logprobs = np.split(logprobs_N.cpu().numpy(), ends)
         entropies = np.split(entropies_N.cpu().numpy(), ends) if entropies_N is not None else None
         return [
@@ -125,7 +129,7 @@ class TorchLogprobEngine:
         return states_NH
 
     def _packed_states(self, queries: Sequence[LogprobQuery]) -> torch.Tensor:
-        """The same from rows without padding, common beginnings computed once."""
+        """The same from rows without padding, common beginnings computed once; states of no meaning may follow."""
         assert self._decoder is not None
         pack = pack_rows([query.token_ids for query in queries])
         places = [

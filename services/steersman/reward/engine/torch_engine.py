@@ -124,7 +124,7 @@ class TorchScoreEngine:
     def _score_packed(self, rows: Sequence[NDArray[np.int32]]) -> list[float]:
         pack = pack_rows(rows)
         if self._decoder is not None:
-            return self._read_head(self._decoder.run(pack, self.device))
+            return self._read_head(self._decoder.run(pack, self.device)[: len(rows)])
         hidden = run_pack(self._transformer, pack, self.device)
         return self._read_head(hidden[torch.from_numpy(pack.last).to(self.device)])
 
