@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import pickle
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,13 @@ import numpy as np
 import torch
 from tiny_model import MODEL, VOCABULARY
 from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
-from steersman.trainer.checkpoint.models import load_actor, load_scalar_head
+from steersman.trainer.checkpoint.models import load_actor, load_scalar_head, open_actor, open_scalar_head
+from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.distributed.world import World, launched_size
 from steersman.trainer.jobs.model import JobKind
 from steersman.trainer.jobs.registry import STAGES
@@ -22,6 +29,7 @@ from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
 from steersman.trainer.stages.run import Run
+from steersman.trainer.stages.trained import Trained
 
 UPDATES = 2
 
@@ -32,6 +40,8 @@ def run_plan(folder: Path, directories: str, world: World) -> None:
         directory = folder / entry["name"] / directories
         if entry["kind"] == "updates":
             run_updates(directory, entry["config"], world)
+        elif entry["kind"] == "loading":
+            run_loading(directory, entry["path"], world)
         else:
             run_stage(directory, entry, world, stop_after=entry.get("stop_after"))
 
@@ -81,6 +91,55 @@ def run_updates(directory: Path, changes: dict[str, Any], world: World) -> None:
         (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def run_loading(directory: Path, path: str, world: World) -> None:
+    """Loads the models of files whole and in parts; writes what they are, and the most bytes that this rank held."""
+    source, placement = ModelSource(path=path), place("cpu", "float32")
+    seen: dict[str, Any] = {}
+    for which, load in (("actor", open_actor), ("critic", open_scalar_head)):
+        for in_parts in (False, True):
+            with Held() as held:
+                opened = load(source, seed=5, in_parts=in_parts)
+                assert (opened.files is not None) == in_parts
+                placement.settle(opened.model, world, opened.files)
+            trained = Trained(world=world, models={"": opened.model}, optimizers={})
+            whole = trained.whole("")
+            if whole is not None:
+                numbers = {name: float(t.double().abs().sum()) for name, t in whole.state_dict().items()}
+                buffers = {name: float(t.double().sum()) for name, t in opened.model.named_buffers()}
+                seen[f"{which}/{'parts' if in_parts else 'whole'}"] = numbers | buffers
+            seen[f"{which}/{'parts' if in_parts else 'whole'}/bytes"] = held.most
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"rank-{world.rank}.json").write_text(json.dumps(seen))
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self._numbers = itertools.count()
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, made)
+        return made
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = local.untyped_storage()
+        # A mapped file is no memory of this process.
+        if local.is_meta or storage in self._known or storage.filename is not None:
+            return
+        number = next(self._numbers)
+        self._known[storage] = number
+        self._sizes[number] = storage.nbytes()
+        weakref.finalize(storage, self._sizes.pop, number)
+        self.most = max(self.most, sum(self._sizes.values()))
+
+
 def rollouts(seed: int, count: int = 5) -> list[Rollout]:
     """Of different lengths."""
     generator = np.random.default_rng(seed)
@@ -119,6 +178,7 @@ def forbid_pickle() -> None:
 def main(folder: Path) -> None:
     """On the ranks of torchrun."""
     torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # else threads load models, where nobody counts
     forbid_pickle()
     assert launched_size() > 1
     from steersman.trainer.distributed.ranks import Ranks

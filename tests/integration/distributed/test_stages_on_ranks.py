@@ -9,6 +9,7 @@ import pytest
 from stages_program import run_plan, run_stage
 from tiny_model import MODEL, VOCABULARY, write_tokenizer
 from torchrun import ended, torchrun
+from transformers import GenerationConfig
 
 from steersman.trainer.checkpoint.models import load_actor
 from steersman.trainer.checkpoint.source import ModelSource
@@ -90,6 +91,30 @@ def plan(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def from_files(folder: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The supervised stages, from an actor in several files that lacks the heads, and in another type."""
+    actor = load_actor(ModelSource(config=MODEL), seed=11)
+    actor.bfloat16().save_pretrained(folder / "actor", max_shard_size="2KB")
+    assert (folder / "actor" / "model.safetensors.index.json").exists()
+    GenerationConfig(top_k=7, do_sample=True).save_pretrained(folder / "actor")
+    made = []
+    for name, changes in (("sft", {}), ("reward_model", {"tokenizer": write_tokenizer(folder / "unpadded", pad=None)})):
+        entry = next(entry for entry in entries if entry["name"] == name)
+        config = entry["config"] | changes | {"model": {"path": str(folder / "actor")}, "max_steps": 2}
+        made.append(entry | {"name": f"{name}_from_files", "config": config})
+    return made
+
+
+def write_larger_model(folder: Path) -> tuple[int, int]:
+    """A model of which no tensor is a large part; its bytes in float32, and those of its largest tensor."""
+    model = load_actor(
+        ModelSource(config=MODEL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}), seed=9
+    )
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    model.bfloat16().save_pretrained(folder, max_shard_size="100KB")
+    return sum(sizes), max(sizes)
+
+
 def rows_of(directory: Path) -> list[dict[str, float]]:
     rows = read_rows(directory / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith("time")} for row in rows]
@@ -104,12 +129,15 @@ def require_alike(directory: Path, other: Path) -> None:
 
 async def test_two_ranks_give_the_numbers_of_one_process_and_go_on_from_its_checkpoints(tmp_path: Path) -> None:
     entries = plan(tmp_path)
+    entries += from_files(tmp_path, entries)
     (tmp_path / "plan.json").write_text(json.dumps(entries))
     run_plan(tmp_path, "one", SOLO)
     # What one process has begun, ranks go on with.
     sft = entries[0]
     run_stage(tmp_path / "taken_over" / "ranks", sft, SOLO, stop_after=2)
-    (tmp_path / "plan.json").write_text(json.dumps([*entries, sft | {"name": "taken_over"}]))
+    loading = {"name": "loading", "kind": "loading", "path": str(tmp_path / "larger")}
+    num_bytes, largest = write_larger_model(tmp_path / "larger")
+    (tmp_path / "plan.json").write_text(json.dumps([*entries, sft | {"name": "taken_over"}, loading]))
 
     log = tmp_path / "log.txt"
     async with torchrun(2, log, PROGRAM, str(tmp_path)) as process:
@@ -123,10 +151,18 @@ async def test_two_ranks_give_the_numbers_of_one_process_and_go_on_from_its_chec
     run_stage(tmp_path / "stopped" / "ranks", sft, SOLO)
     require_alike(tmp_path / "stopped" / "ranks", tmp_path / "sft" / "one")
 
-    for name in ("sft", "reward_model"):
+    seen = [json.loads((tmp_path / "loading" / "ranks" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    for model in ("actor", "critic"):
+        assert seen[0][f"{model}/parts"] == seen[0][f"{model}/whole"]
+        for of_rank in seen:
+            assert of_rank[f"{model}/whole/bytes"] > num_bytes
+            assert of_rank[f"{model}/parts/bytes"] < num_bytes / 2 + 2 * largest
+
+    for name in ("sft", "reward_model", "sft_from_files", "reward_model_from_files"):
         ours, theirs = (tmp_path / name / which / "model" for which in ("ranks", "one"))
         assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-        assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+        for settings in (ours / "config.json", *ours.glob("generation_config.json")):
+            assert json.loads(settings.read_text()) == json.loads((theirs / settings.name).read_text())
     ours, theirs = (
         load_actor(ModelSource(path=str(tmp_path / "sft" / which / "model"))).state_dict() for which in ("ranks", "one")
     )

@@ -20,12 +20,12 @@ MODEL = {
 }
 
 
-def write_tokenizer(folder: Path) -> str:
+def write_tokenizer(folder: Path, *, pad: str | None = "<pad>") -> str:
     """A tokenizer of words."""
     words = {"<pad>": 0, "<unk>": 1, "<eos>": EOS} | {f"w{n}": n for n in range(3, VOCABULARY)}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=pad, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        folder
+    )
     return str(folder)

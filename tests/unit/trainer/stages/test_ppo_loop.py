@@ -182,7 +182,7 @@ def make(tmp_path: Path, tiny_tokenizer: str, tiny_model: ModelSource, write_row
             "device": "cpu",
         }
         config = PpoConfig.model_validate(settings | changes)
-        actor, critic = load_models(config, tokenizer)
+        actor, critic = (opened.model for opened in load_models(config, tokenizer))
         services = FakeServices(load_actor(config.actor, seed=config.seed, tokenizer=tokenizer))
         listener = Listener()
         run = Run(tmp_path / folder, run_id="demo", listener=listener, stop_requested=stop)

@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,6 +33,7 @@ from transformers import (
 from steersman.serving.location import Location, locate, locate_tokenizer
 from steersman.serving.tokenization import trusted
 from steersman.trainer.checkpoint.atomic import CheckpointError, atomic_directory
+from steersman.trainer.checkpoint.parts import Opened, WeightFiles, open_model
 from steersman.trainer.checkpoint.source import ModelSource
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -75,12 +77,29 @@ def load_scalar_head(
         else:
             model, info = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1, with_info=True)
             fresh = "score.weight" in info["missing_keys"]
-    score_head(model)
-    if fresh:
-        nn.init.zeros_(score_head(model).weight)
-    if tokenizer is not None:
-        adopt_special_tokens(model, tokenizer)
-    return _ready(model)
+    return _ready_scalar_head(model, tokenizer, fresh=fresh)
+
+
+def open_actor(
+    source: ModelSource, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None, in_parts: bool
+) -> Opened:
+    """What :func:`load_actor` gives; ``in_parts``, its weights are still in their files where that can be."""
+    opened = _open(AutoModelForCausalLM, source, seed) if in_parts else None
+    if opened is None:
+        return Opened(model=load_actor(source, seed=seed, tokenizer=tokenizer))
+    _require_vocabulary(opened.model, tokenizer)
+    return replace(opened, model=_ready(opened.model))
+
+
+def open_scalar_head(
+    source: ModelSource, *, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None, in_parts: bool
+) -> Opened:
+    """What :func:`load_scalar_head` gives; ``in_parts``, its weights are still in their files where that can be."""
+    opened = _open(AutoModelForSequenceClassification, source, seed, num_labels=1) if in_parts else None
+    if opened is None:
+        return Opened(model=load_scalar_head(source, seed=seed, tokenizer=tokenizer))
+    assert opened.files is not None
+    return replace(opened, model=_ready_scalar_head(opened.model, tokenizer, fresh="score.weight" not in opened.files))
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -252,6 +271,11 @@ def read_weights(model: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
     """The weights that :func:`write_model` wrote of a model like ``model``, whole, on the CPU. CheckpointError if
     there are none.
     """
+    state = model.state_dict()
+    files = WeightFiles.of(model, directory)
+    if files is not None and all(name in files for name in state):
+        # Views of the files: whoever takes rows of them holds no more.
+        return {name: files.rows(name, 0, len(tensor) if tensor.ndim else 1) for name, tensor in state.items()}
     saved = _from_pretrained(type(model), ModelSource(path=str(directory)))
     return cast("dict[str, Tensor]", saved.state_dict())
 
@@ -310,6 +334,14 @@ def _config_from_scratch(settings: dict[str, Any], tokenizer: PreTrainedTokenize
     return config
 
 
+def _open(factory: Any, source: ModelSource, seed: int, **settings: Any) -> Opened | None:
+    if source.path is None:
+        return None
+    folder = _folder(locate, "checkpoint", source.path, source.revision)
+    with _seeded(seed):
+        return open_model(factory, folder, **settings)
+
+
 def _from_pretrained(factory: Any, source: ModelSource, *, with_info: bool = False, **settings: Any) -> Any:
     path = cast(str, source.path)
     folder = _folder(locate, "checkpoint", path, source.revision)
@@ -352,6 +384,17 @@ def _require_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase | None) -
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > rows:
         raise CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, must be at most the model's {rows}")
+
+
+def _ready_scalar_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, fresh: bool
+) -> PreTrainedModel:
+    head = score_head(model)
+    if fresh:
+        nn.init.zeros_(head.weight)
+    if tokenizer is not None:
+        adopt_special_tokens(model, tokenizer)
+    return _ready(model)
 
 
 def _ready(model: Any) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from steersman.trainer.distributed.shard import shard
-from steersman.trainer.distributed.world import Command, Scope
+from steersman.trainer.distributed.world import Command, Parts, Scope
 
 COLLECTIVE_SECONDS: Final = 600.0
 """Longest that a rank waits for the others in a collective: the slowest thing between two of them is one rank alone
@@ -85,9 +85,9 @@ class Ranks:
             )
         return f"cuda:{self._local_rank}"
 
-    def shard(self, model: nn.Module, device_type: str) -> Scope[Any]:
+    def shard(self, model: nn.Module, device_type: str, parts: Parts | None = None) -> Scope[Any]:
         """Shards `model` in place over all ranks, onto their devices ("cpu" or "cuda"); see `shard.shard`."""
-        return shard(model, init_device_mesh(device_type, (self.size,)))
+        return shard(model, init_device_mesh(device_type, (self.size,)), parts)
 
     def local(self, tensor: Tensor) -> Tensor:
         """This rank's shard of `tensor`, sharing its memory; the tensor itself where it is whole."""

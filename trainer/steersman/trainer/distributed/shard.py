@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from steersman.trainer.distributed.world import Scope
+from steersman.trainer.distributed.world import Parts, Scope
 
 T = TypeVar("T")
 
@@ -56,13 +56,15 @@ def _no_view(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value._is_view() else value
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> Scope[Any]:
+def shard(model: nn.Module, mesh: DeviceMesh, parts: Parts | None = None) -> Scope[Any]:
     """Shards `model` in place over `mesh` and moves each shard to its device; gives the scope of its forward passes.
 
-    To be called on the CPU's whole model, which has to be the same on every rank: a layer is on the device only as
-    its shard. Optimizers are to be made afterwards, from the shards.
+    To be called on a model on the CPU, the same on every rank: a layer is on the device only as its shard. With
+    `parts` its parameters may be on the meta device, and each rank reads its shards from there: nobody ever holds the
+    model. Optimizers are to be made afterwards, from the shards.
     """
     root = _Root(model)
+    held = {name: tensor.detach() for name, tensor in _tensors(model) if not tensor.is_meta} if parts else {}
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     # Nothing is whole outside of a pass: not what a checkpoint reads, nor what the optimizer has just changed.
@@ -72,7 +74,36 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> Scope[Any]:
             # Plain sums, which gloo has too.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+    if parts is not None:
+        root.to_empty(device=mesh.device_type)
+        for name, tensor in _tensors(model):
+            if name in held:
+                assign(tensor, held.pop(name))
+        fill(model, parts)
     return cast("Scope[Any]", root)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+@torch.no_grad()
+def fill(model: nn.Module, parts: Parts) -> None:
+    """Puts what `parts` have into `model`, whole or sharded, one tensor at a time. No collective."""
+    for name, tensor in _tensors(model):
+        if name not in parts:
+            continue
+        local, start = (tensor.to_local(), _first_row(tensor)) if isinstance(tensor, DTensor) else (tensor, 0)
+        local.copy_(parts.rows(name, start, start + (len(local) if local.ndim else 1)))
+
+
+def _first_row(tensor: DTensor) -> int:
+    """The first row of this rank's shard. FSDP2 cuts as torch.chunk does, so the last ranks may have fewer, or none."""
+    assert tensor.placements == (Shard(0),), f"placed as {tensor.placements}"
+    num_rows, (size, rank) = tensor.shape[0], (tensor.device_mesh.size(), tensor.device_mesh.get_local_rank())
+    return min(num_rows, -(-num_rows // size) * rank)
 
 
 def whole(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

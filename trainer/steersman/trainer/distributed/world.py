@@ -19,6 +19,18 @@ Scope = Callable[[Callable[[], T]], T]
 """Runs a forward pass in which the parameters of one model are whole, and gives what it gives."""
 
 
+class Parts(Protocol):
+    """Values of a model's tensors that every rank can read, a part at a time, such as those in files."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it has values of the tensor of this name."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> "Tensor":
+        """Rows `start` to `stop` of the tensor, on the CPU, in any type; of one without dimensions, all."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """What the lead has the other ranks do. Arguments are JSON values."""
@@ -49,8 +61,10 @@ class World(Protocol):
         """The device of this rank where the job asks for `asked` ("auto", "cpu", "cuda", "cuda:N")."""
         ...
 
-    def shard(self, model: "nn.Module", device_type: str) -> Scope[Any]:
-        """Shards `model` in place over the ranks, onto their devices; gives the scope of its forward passes."""
+    def shard(self, model: "nn.Module", device_type: str, parts: Parts | None = None) -> Scope[Any]:
+        """Shards `model` in place over the ranks, onto their devices; gives the scope of its forward passes. What is
+        on the meta device gets its values from `parts`.
+        """
         ...
 
     def local(self, tensor: "Tensor") -> "Tensor":
@@ -107,7 +121,7 @@ class Solo:
         """What was asked for."""
         return asked
 
-    def shard(self, model: "nn.Module", device_type: str) -> Scope[Any]:
+    def shard(self, model: "nn.Module", device_type: str, parts: Parts | None = None) -> Scope[Any]:
         """Leaves the model as it is."""
         return direct
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steersman.trainer.checkpoint.models import resolve_device
-from steersman.trainer.distributed.world import Scope, World, direct
+from steersman.trainer.distributed.world import Parts, Scope, World, direct
 from steersman.trainer.stages.linear import speed_up
 from steersman.trainer.stages.settings import DTypeSetting
 
@@ -32,16 +32,19 @@ class Placement:
             speed_up(model)
         return model
 
-    def settle(self, model: PreTrainedModel, world: World, *, fast_linear: bool = True) -> Scope[Any]:
+    def settle(
+        self, model: PreTrainedModel, world: World, parts: Parts | None = None, *, fast_linear: bool = True
+    ) -> Scope[Any]:
         """Moves ``model``, which is on the CPU, there, or shards it over the ranks; gives the scope of its forward
-        passes.
+        passes. Of several ranks each reads what has no values yet from ``parts``.
         """
         if world.size == 1:
             self.move(model, fast_linear=fast_linear)
             return direct
         if fast_linear and self.device.type == "cpu":
             speed_up(model)
-        return world.shard(model, self.device.type)
+        scope = world.shard(model, self.device.type, parts)
+        return scope
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context for forward passes."""

@@ -25,16 +25,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from steersman.trainer.algorithm.kl import AdaptiveKLController, FixedKLController, KLController
 from steersman.trainer.checkpoint.models import (
-    load_actor,
-    load_scalar_head,
     load_tokenizer,
+    open_actor,
+    open_scalar_head,
     require_savable,
     save_model,
 )
+from steersman.trainer.checkpoint.parts import Opened
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
 from steersman.trainer.distributed.world import World
@@ -106,23 +107,28 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
 
 def load_learner(config: PpoConfig, tokenizer: PreTrainedTokenizerBase, world: World) -> PpoLearner:
     """The learner with its models, on the device of the settings or sharded over the ranks."""
-    actor, critic = load_models(config, tokenizer)
-    require_savable(actor, tokenizer)
+    actor, critic = load_models(config, tokenizer, in_parts=world.size > 1)
+    require_savable(actor.model, tokenizer)
     placement = place(world.device(config.device), config.dtype)
     return PpoLearner(
-        actor,
-        critic,
+        actor.model,
+        critic.model,
         config,
         world=world,
-        actor_scope=placement.settle(actor, world, fast_linear=config.fast_linear),
-        critic_scope=placement.settle(critic, world, fast_linear=config.fast_linear),
+        actor_scope=placement.settle(actor.model, world, actor.files, fast_linear=config.fast_linear),
+        critic_scope=placement.settle(critic.model, world, critic.files, fast_linear=config.fast_linear),
     )
 
 
-def load_models(config: PpoConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Actor and critic, on the CPU."""
-    actor = load_actor(config.actor, seed=config.seed, tokenizer=tokenizer)
-    return actor, load_scalar_head(config.critic or config.actor, seed=config.seed, tokenizer=tokenizer)
+def load_models(
+    config: PpoConfig, tokenizer: PreTrainedTokenizerBase, *, in_parts: bool = False
+) -> tuple[Opened, Opened]:
+    """Actor and critic, on the CPU; `in_parts`, their weights are still in their files where that can be."""
+    start = config.critic or config.actor
+    return (
+        open_actor(config.actor, seed=config.seed, tokenizer=tokenizer, in_parts=in_parts),
+        open_scalar_head(start, seed=config.seed, tokenizer=tokenizer, in_parts=in_parts),
+    )
 
 
 def _run(config: PpoConfig, run: Run, tokenizer: PreTrainedTokenizerBase, learner: Learner) -> PpoResult:

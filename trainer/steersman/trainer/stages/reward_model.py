@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steersman.trainer.algorithm.losses import LossOutput, RankedPairs, bradley_terry_loss, ranked_pairs
 from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.atomic import write_json
-from steersman.trainer.checkpoint.models import adopt_special_tokens, load_scalar_head, sequence_scores
+from steersman.trainer.checkpoint.models import adopt_special_tokens, open_scalar_head, sequence_scores
 from steersman.trainer.data.batches import PaddedBatch, Pass, pad, passes, worthwhile_padding
 from steersman.trainer.data.encode import Encoder, Example
 from steersman.trainer.data.load import load_comparisons
@@ -63,9 +63,10 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
 
     placement = place(run.world.device(config.device), config.dtype)
     pad_id = _require_padding(tokenizer)
-    model = load_scalar_head(config.model, seed=config.seed, tokenizer=tokenizer)
+    opened = open_scalar_head(config.model, seed=config.seed, tokenizer=tokenizer, in_parts=run.world.size > 1)
+    model = opened.model
     _cover_vocabulary(model, tokenizer)
-    scope = placement.settle(model, run.world)
+    scope = placement.settle(model, run.world, opened.files)
     encoder = make_encoder(config, tokenizer)
     comparisons = _encode(encoder, [records[n] for n in train_numbers], use_ties=config.use_ties)
     if not comparisons:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, most_likely_tokens
 from steersman.trainer.algorithm.losses import token_nll_loss
 from steersman.trainer.algorithm.metrics import MetricSums
-from steersman.trainer.checkpoint.models import hidden_states, lm_head, load_actor
+from steersman.trainer.checkpoint.models import hidden_states, lm_head, open_actor
 from steersman.trainer.data.batches import PaddedBatch, pad, passes, worthwhile_padding
 from steersman.trainer.data.encode import Example
 from steersman.trainer.data.load import load_demonstrations
@@ -43,12 +43,13 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
     )
 
     placement = place(run.world.device(config.device), config.dtype)
-    model = load_actor(config.model, seed=config.seed, tokenizer=tokenizer)
+    opened = open_actor(config.model, seed=config.seed, tokenizer=tokenizer, in_parts=run.world.size > 1)
+    model = opened.model
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     task = _SftTask(
         model=model,
         world=run.world,
-        scope=placement.settle(model, run.world),
+        scope=placement.settle(model, run.world, opened.files),
         placement=placement,
         examples=encoder.demonstrations([records[n] for n in train_numbers]),
         eval_examples=encoder.demonstrations(eval_records),

@@ -82,6 +82,8 @@ class Trained:
             copied: PreTrainedModel = type(model)(model.config)
         copied.load_state_dict(kept, strict=False, assign=True)
         copied.tie_weights()
+        if model.can_generate():
+            copied.generation_config = model.generation_config
         copied.eval()
         return copied
 
