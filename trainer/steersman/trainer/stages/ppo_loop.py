@@ -339,6 +339,7 @@ class PpoLoop:
             "num_dropped": self._num_dropped,
         }
         with self._timed("checkpoint"):
+            self._run.sync()
             self._store.save(self._step, state=state, write_files=self._learner.write)
         self._saved_step = self._step
 
