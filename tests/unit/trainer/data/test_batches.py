@@ -1,8 +1,10 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steersman.trainer.data.batches import micro_batches, pad, passes, share_out
+from steersman.trainer.data.batches import micro_batches, packs, pad, passes, share_out
 from steersman.trainer.data.order import EpochOrder, split_indices
 
 
@@ -75,9 +77,9 @@ def test_ranks_make_as_many_passes_and_every_item_counts_once(items, token_budge
     assert sorted(counted) == list(range(len(items)))
     for together in zip(*of_ranks, strict=True):
         assert all(one.items for one in together)
-        assert len({one.sizes for one in together}) == 1
-        assert together[0].sizes == tuple(
-            (sum(rows[n] for n in one.items), max(lengths[n] for n in one.items)) for one in together
+        assert len({one.num_tokens for one in together}) == 1
+        assert together[0].num_tokens == tuple(
+            sum(rows[n] for n in one.items) * max(lengths[n] for n in one.items) for one in together
         )
     # What does not count is the least that there is.
     idle = {tuple(one.items) for made in of_ranks for one in made if not one.counts}
@@ -91,6 +93,26 @@ def test_on_one_rank_passes_are_the_micro_batches(items, token_budget):
     made = passes(lengths, token_budget=token_budget, rows=rows, max_padding=30)
     assert [one.items for one in made] == micro_batches(lengths, token_budget=token_budget, rows=rows, max_padding=30)
     assert all(one.counts for one in made)
+
+
+@given(ITEMS, st.integers(1, 200), st.integers(1, 5))
+def test_packs_hold_every_item_once_and_no_padding(items, token_budget, num_ranks):
+    lengths, rows = [item[0] for item in items], [item[1] for item in items]
+    groups = packs(lengths, token_budget=token_budget)
+    assert sorted(item for group in groups for item in group) == list(range(len(items)))
+    assert all(sum(lengths[i] for i in group) <= token_budget or len(group) == 1 for group in groups)
+    # No group is closed too soon.
+    assert all(sum(lengths[i] for i in one) + lengths[other[0]] > token_budget for one, other in pairwise(groups))
+    of_ranks = [
+        passes(lengths, token_budget=token_budget, rows=rows, packed=True, rank=rank, num_ranks=num_ranks)
+        for rank in range(num_ranks)
+    ]
+    counted = [item for made in of_ranks for one in made if one.counts for item in one.items]
+    assert sorted(counted) == list(range(len(items)))
+    for together in zip(*of_ranks, strict=True):
+        assert together[0].num_tokens == tuple(sum(lengths[n] for n in one.items) for one in together)
+    with pytest.raises(ValueError, match="token_budget is 0"):
+        packs(lengths, token_budget=0)
 
 
 def test_shares_cost_alike():

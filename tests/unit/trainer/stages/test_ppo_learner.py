@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from steersman.trainer.rollout.types import FinishReason, Prompt, Rollout, VersionSpan, WeightVersion
 from steersman.trainer.stages.linear import speed_up
+from steersman.trainer.stages.packed import let_pack
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import PpoLearner
 
@@ -68,8 +69,10 @@ def rollouts(seed: int = 0, count: int = 6) -> list[Rollout]:
     return made
 
 
-def update(settings: PpoConfig, *, step: int = 0) -> tuple[dict[str, float], list[Tensor]]:
+def update(settings: PpoConfig, *, step: int = 0, packed: bool = False) -> tuple[dict[str, float], list[Tensor]]:
     actor, critic = models()
+    if packed:
+        assert all([let_pack(actor), let_pack(critic)])
     if settings.fast_linear:
         speed_up(actor)
         speed_up(critic)
@@ -99,9 +102,10 @@ def test_micro_batches_and_kept_graphs_change_nothing(changes: dict[str, Any]) -
         config(micro_batch_tokens=40, retained_tokens=45, **changes),  # some graphs kept, the rest computed again
         config(micro_batch_tokens=40, fast_linear=False, **changes),
     ):
-        metrics, parameters = update(settings)
-        assert_alike(parameters, whole)
-        assert metrics == pytest.approx(whole_metrics, rel=2e-3, abs=2e-5)
+        for packed in (False, True):
+            metrics, parameters = update(settings, packed=packed)
+            assert_alike(parameters, whole)
+            assert metrics == pytest.approx(whole_metrics, rel=2e-3, abs=2e-5)
 
 
 def slow_step(settings: PpoConfig, kl_coef: float) -> tuple[dict[str, float], list[Tensor]]:
@@ -170,10 +174,11 @@ def slow_step(settings: PpoConfig, kl_coef: float) -> tuple[dict[str, float], li
     return metrics, [p.detach() for model in (actor, critic) for p in model.parameters()]
 
 
-def test_a_step_is_what_plain_ppo_gives() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_is_what_plain_ppo_gives(packed: bool) -> None:
     settings = config(missing_eos_penalty=0.5, gamma=0.9, lam=0.8, importance_cap=1.1, micro_batch_tokens=40)
     expected_metrics, expected = slow_step(settings, kl_coef=0.1)
-    metrics, parameters = update(settings)
+    metrics, parameters = update(settings, packed=packed)
     # Adam's first step is the sign of the gradient times the rate: a wrong gradient shows as 1e-3.
     assert_alike(parameters, expected, tolerance=2e-5)
     assert {name: metrics[name] for name in expected_metrics} == pytest.approx(expected_metrics, rel=1e-4, abs=1e-5)

@@ -1,4 +1,4 @@
-"""How a batch is cut into padded micro-batches."""
+"""How a batch is cut into micro-batches: padded ones, or packs without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +47,25 @@ def micro_batches(
     return groups
 
 
+def packs(lengths: Sequence[int], *, token_budget: int) -> list[list[int]]:
+    """Groups of item numbers of together at most ``token_budget`` tokens, none of which is padding.
+
+    Longest first, as in :func:`micro_batches`, so that items of one group are of like length. An item of more tokens
+    than the budget makes a group of its own.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget is {token_budget}, must be at least 1 token")
+    groups: list[list[int]] = []
+    num_tokens = 0
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        num_tokens += lengths[item]
+        if not groups or num_tokens > token_budget:
+            groups.append([])
+            num_tokens = lengths[item]
+        groups[-1].append(item)
+    return groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """One micro-batch of a rank.
@@ -54,12 +73,12 @@ class Pass:
     Attributes:
         items: what it holds.
         counts: False where the rank had nothing left: what is computed then only keeps the others company.
-        sizes: rows and longest length of the micro-batch of each rank in this pass.
+        num_tokens: what each rank computes in this pass, padding included.
     """
 
     items: list[int]
     counts: bool
-    sizes: tuple[tuple[int, int], ...]
+    num_tokens: tuple[int, ...]
 
 
 def passes(
@@ -68,30 +87,42 @@ def passes(
     token_budget: int,
     rows: Sequence[int] | None = None,
     max_padding: int | None = None,
+    packed: bool = False,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> list[Pass]:
-    """The :func:`micro_batches` of one rank, of at least one item that is shared out over the ranks.
+    """The :func:`micro_batches` of one rank, of at least one item that is shared out over the ranks; with ``packed``
+    its :func:`packs`, of items of ``lengths`` tokens whatever their rows.
 
     Every rank makes as many, since each pass through a sharded model needs them all. On one rank they are simply the
     micro-batches.
     """
-    counts = [1] * len(lengths) if rows is None else rows
+    counts = [1] * len(lengths) if rows is None or packed else rows
     groups_of_ranks = []
     for share in share_out([length * count for length, count in zip(lengths, counts, strict=True)], num_ranks):
-        groups = micro_batches(
-            [lengths[item] for item in share],
-            token_budget=token_budget,
-            rows=[counts[item] for item in share],
-            max_padding=max_padding,
-        )
+        of_share = [lengths[item] for item in share]
+        if packed:
+            groups = packs(of_share, token_budget=token_budget)
+        else:
+            groups = micro_batches(
+                of_share,
+                token_budget=token_budget,
+                rows=[counts[item] for item in share],
+                max_padding=max_padding,
+            )
         groups_of_ranks.append([[share[number] for number in group] for group in groups])
     idle = [min(range(len(lengths)), key=lambda item: lengths[item] * counts[item])]
+
+    def computed(group: list[int]) -> int:
+        if packed:
+            return sum(lengths[item] for item in group)
+        return sum(counts[item] for item in group) * max(lengths[item] for item in group)
+
     made = []
     for groups_of_pass in zip_longest(*groups_of_ranks, fillvalue=idle):
-        sizes = ((sum(counts[i] for i in group), max(lengths[i] for i in group)) for group in groups_of_pass)
         mine = groups_of_pass[rank]
-        made.append(Pass(items=mine, counts=mine is not idle, sizes=tuple(sizes)))
+        num_tokens = tuple(computed(group) for group in groups_of_pass)
+        made.append(Pass(items=mine, counts=mine is not idle, num_tokens=num_tokens))
     return made
 
 

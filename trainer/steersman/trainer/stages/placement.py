@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from steersman.trainer.checkpoint.models import resolve_device
 from steersman.trainer.distributed.world import Parts, Scope, World, direct
 from steersman.trainer.stages.linear import speed_up
+from steersman.trainer.stages.packed import let_pack
 from steersman.trainer.stages.settings import DTypeSetting
 
 
@@ -28,6 +29,7 @@ class Placement:
         faster form.
         """
         nn.Module.to(model, self.device)
+        let_pack(model)
         if fast_linear:
             speed_up(model)
         return model
@@ -41,9 +43,9 @@ class Placement:
         if world.size == 1:
             self.move(model, fast_linear=fast_linear)
             return direct
+        scope = world.shard(model, self.device.type, parts)
         if fast_linear and self.device.type == "cpu":
             speed_up(model)
-        scope = world.shard(model, self.device.type, parts)
         return scope
 
     def autocast(self) -> AbstractContextManager[object]:

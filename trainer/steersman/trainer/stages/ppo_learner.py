@@ -4,8 +4,8 @@ Invariants:
 
 - The gradient of an optimizer step is that of the whole minibatch: every loss is a sum over tokens divided by the
   tokens of the minibatch, so cutting it into micro-batches changes nothing but rounding.
-- Only positions that predict a response token reach the heads and the last feed-forward block. Sequences are
-  right-padded and length-sorted, so no attention mask is needed and little is padding.
+- Only positions that predict a response token reach the heads and the last feed-forward block. Sequences are packed
+  without padding where both models can do that, else right-padded and length-sorted, so that little is padding.
 - Old log-probs and values are the trainer's own, from before the update. When a batch is a single optimizer step
   the policy ratio is exactly one, so that forward pass is also the one that is differentiated: its graph is kept
   for as many tokens as `retained_tokens` allows, and only what exceeds it is computed a second time.
@@ -28,12 +28,13 @@ from transformers import PreTrainedModel
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
 from steersman.trainer.algorithm.losses import kl_loss, policy_loss, value_loss
 from steersman.trainer.algorithm.metrics import MetricSums, masked_sum
-from steersman.trainer.checkpoint.models import hidden_states_at, lm_head, score_head
+from steersman.trainer.checkpoint.models import lm_head, score_head
 from steersman.trainer.data.batches import Pass, passes, worthwhile_padding
 from steersman.trainer.distributed.totals import total
 from steersman.trainer.distributed.world import SOLO, Scope, World, direct
 from steersman.trainer.rollout.types import Rollout
 from steersman.trainer.stages.optim import apply_update, build_optimizer
+from steersman.trainer.stages.packed import TokenBatch, batch_of, can_pack, states_at
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
 from steersman.trainer.stages.ppo_config import PpoConfig
@@ -50,12 +51,12 @@ _CPU_RETAINED_TOKENS = 16_384
 class _Micro:
     """Some rows of the batch, ready for a forward pass.
 
-    `ids_bW` leaves out the last token of the longest row, which predicts nothing; `predicting_t` are flat
-    positions in it whose states predict the response tokens `targets_t`, row by row.
+    `batch` leaves out the last token of each row, which predicts nothing; `predicting_t` are flat positions in it whose
+    states predict the response tokens `targets_t`, row by row.
     """
 
     rows_b: Tensor
-    ids_bW: Tensor  # noqa: N815
+    batch: TokenBatch
     predicting_t: Tensor
     targets_t: Tensor
     counts: bool = True
@@ -124,6 +125,7 @@ class PpoLearner:
         self._device = next(actor.parameters()).device
         self._head, self._value_head = lm_head(actor), score_head(critic)
         self._placement = place(str(self._device), config.dtype)
+        self._packed = can_pack(actor) and can_pack(critic)
         self._settings = {"actor": config.optimizer, "critic": config.critic_optimizer}
         self._optimizers = {
             "actor": build_optimizer(config.optimizer, actor),
@@ -147,7 +149,7 @@ class PpoLearner:
         for one in self._passes(rollouts, range(len(rollouts))):
             micro = self._micro(rollouts, one)
             # Ranks differentiate the same passes, so the one with most tokens decides.
-            num_tokens = max(num_rows * (longest - 1) for num_rows, longest in one.sizes)
+            num_tokens = max(one.num_tokens)
             retain = single and num_retained + num_tokens <= self._retained_tokens
             outputs = self._forward(micro, step, grad=retain)
             if micro.counts:
@@ -322,7 +324,7 @@ class PpoLearner:
         config = self._config
 
         def take() -> tuple[Tensor, Tensor | None]:
-            states_tD = hidden_states_at(self.actor, micro.ids_bW, micro.predicting_t)
+            states_tD = states_at(self.actor, micro.batch, micro.predicting_t)
             taken = logprobs_from_hidden(
                 states_tD,
                 self._head.weight,
@@ -334,7 +336,7 @@ class PpoLearner:
             return taken.logprobs, taken.entropy
 
         def judge() -> Tensor:
-            states_tD = hidden_states_at(self.critic, micro.ids_bW, micro.predicting_t)
+            states_tD = states_at(self.critic, micro.batch, micro.predicting_t)
             values_t: Tensor = self._value_head(states_tD).squeeze(-1).float()
             return values_t
 
@@ -347,33 +349,27 @@ class PpoLearner:
     def _passes(self, rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[Pass]:
         """This rank's micro-batches of `rows`; items are numbers of rollouts."""
         made = passes(
-            [rollouts[row].num_tokens for row in rows],
+            [rollouts[row].num_tokens - 1 for row in rows],
             token_budget=self._config.micro_batch_tokens,
             max_padding=worthwhile_padding(self._placement.device),
+            packed=self._packed,
             rank=self._world.rank,
             num_ranks=self._world.size,
         )
         return [replace(one, items=[rows[item] for item in one.items]) for one in made]
 
     def _micro(self, rollouts: Sequence[Rollout], one: Pass) -> _Micro:
-        rows = one.items
-        width = max(rollouts[row].num_tokens for row in rows) - 1
-        ids_bW = torch.zeros(len(rows), width, dtype=torch.int64)
-        predicting: list[Tensor] = []
-        targets: list[Tensor] = []
-        for number, row in enumerate(rows):
-            rollout = rollouts[row]
-            prompt, response = torch.from_numpy(rollout.prompt.token_ids), torch.from_numpy(rollout.response_ids)
-            ids = torch.cat([prompt, response]).long()
-            ids_bW[number, : len(ids) - 1] = ids[:-1]
-            first = number * width + len(prompt) - 1
-            predicting.append(torch.arange(first, first + len(response)))
-            targets.append(ids[len(prompt) :])
+        prompts = [torch.from_numpy(rollouts[row].prompt.token_ids) for row in one.items]
+        responses = [torch.from_numpy(rollouts[row].response_ids) for row in one.items]
+        rows = [torch.cat(each)[:-1] for each in zip(prompts, responses, strict=True)]
+        batch = batch_of(rows, self._device, packed=self._packed)
+        ends = [start + len(row) for start, row in zip(batch.starts_B, rows, strict=True)]
+        predicting = [torch.arange(end - len(ids), end) for end, ids in zip(ends, responses, strict=True)]
         return _Micro(
-            rows_b=torch.tensor(rows, device=self._device),
-            ids_bW=ids_bW.to(self._device),
+            rows_b=torch.tensor(one.items, device=self._device),
+            batch=batch,
             predicting_t=torch.cat(predicting).to(self._device),
-            targets_t=torch.cat(targets).to(self._device),
+            targets_t=torch.cat(responses).long().to(self._device),
             counts=one.counts,
         )
 
