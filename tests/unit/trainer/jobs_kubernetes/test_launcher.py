@@ -8,6 +8,7 @@ import pytest
 import yaml
 from api_server import Refusal
 from job_api_server import JobApiServer
+from pod_cases import ENDINGS, PENDING
 
 from steersman.cluster import api as cluster
 from steersman.cluster.settings import KubernetesSettings
@@ -138,63 +139,6 @@ async def test_a_local_process_is_none_of_its_workers(launcher: KubernetesLaunch
     assert server.requests == []
 
 
-PENDING: list[tuple[dict[str, Any], list[str]]] = [
-    (
-        {
-            "phase": "Pending",
-            "conditions": [
-                {
-                    "type": "PodScheduled",
-                    "status": "False",
-                    "reason": "Unschedulable",
-                    "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
-                }
-            ],
-        },
-        ["Unschedulable", "Insufficient nvidia.com/gpu", "kubernetes.node_selector"],
-    ),
-    (
-        {
-            "phase": "Pending",
-            "containerStatuses": [
-                {
-                    "name": "worker",
-                    "state": {
-                        "waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "trainer:1"'}
-                    },
-                }
-            ],
-        },
-        ["ImagePullBackOff", "trainer:1", "kubernetes.image_pull_secrets"],
-    ),
-    (
-        {
-            "phase": "Pending",
-            "containerStatuses": [
-                {
-                    "name": "worker",
-                    "state": {
-                        "waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub-token" not found'}
-                    },
-                }
-            ],
-        },
-        ['secret "hub-token" not found', "create the Secret", "kubernetes.env_from_secrets"],
-    ),
-    *(
-        (
-            {"containerStatuses": [{"name": "worker", "state": {"waiting": {"reason": reason, "message": "no"}}}]},
-            [f"{reason}: no", advice],
-        )
-        for reason, advice in (
-            ("ErrImagePull", "kubernetes.image_pull_secrets"),
-            ("ErrImageNeverPull", "kubernetes.image_pull_policy"),
-            ("InvalidImageName", "kubernetes.image"),
-        )
-    ),
-]
-
-
 @pytest.mark.parametrize(("status", "words"), PENDING)
 async def test_why_a_pod_does_not_run(
     launcher: KubernetesLauncher, server: JobApiServer, run: Path, status: dict[str, Any], words: list[str]
@@ -266,17 +210,7 @@ async def test_a_preempted_pod_is_no_end(launcher: KubernetesLauncher, server: J
     assert status.waiting == ""
 
 
-@pytest.mark.parametrize(
-    ("terminated", "words"),
-    [
-        ({"exitCode": 137, "reason": "OOMKilled"}, ["memory limit", "resources.memory_bytes_per_process"]),
-        (
-            {"exitCode": 1, "reason": "Error", "message": "ModuleNotFoundError: steersman"},
-            ["status 1", "ModuleNotFound"],
-        ),
-        ({"exitCode": 139, "reason": "Error"}, ["signal 11"]),
-    ],
-)
+@pytest.mark.parametrize(("terminated", "words"), ENDINGS)
 async def test_how_a_worker_ended(
     launcher: KubernetesLauncher, server: JobApiServer, run: Path, terminated: dict[str, Any], words: list[str]
 ) -> None:
