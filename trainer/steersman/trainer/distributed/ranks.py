@@ -8,12 +8,14 @@ Two ways to talk:
   long as the job allows, and meanwhile nobody waits in a collective.
 
 A rank that dies takes its connections along, so that a collective under way fails on the others at once; torchrun
-notices its end and stops them all. A rank that fails first leaves word why, for the lead to say.
+notices its end and stops them all. A rank that fails first leaves word why, for the lead to say. One that stands still
+without dying is found by the `watch`.
 """
 
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, Self
@@ -28,28 +30,31 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from steersman.trainer.distributed.shard import shard
+from steersman.trainer.distributed.watch import FAILURE_KEY, Watch
 from steersman.trainer.distributed.world import Command, Parts, Scope
 
-COLLECTIVE_SECONDS: Final = 600.0
-"""Longest that a rank waits for the others in a collective: the slowest thing between two of them is one rank alone
-checking the files of a checkpoint.
-"""
+COLLECTIVE_SECONDS: Final = 3600.0
+"""Longest that a rank waits for the others in a collective. The watch finds one that stands still long before."""
 _JOIN_SECONDS: Final = 600.0
 # How often a rank that waits for a command looks up.
 _HEAR_SECONDS: Final = 2.0
 # Nearly every command is a collective, so nobody is further behind.
 _KEPT_COMMANDS: Final = 1000
-_FAILURE_KEY: Final = "steersman/failure"
 _STOP_KEY: Final = "steersman/stop"
 
 
 class Ranks:
-    """The `World` of torchrun's environment. Joined when it is made, which waits for all ranks; left by `close`."""
+    """The `World` of torchrun's environment. Joined when it is made, which waits for all ranks; left by `close`.
+
+    Args:
+        on_standstill: given the error, records the end of the job when the watch found a rank that stands still. Called
+            on one rank, from another thread, before the process ends.
+    """
 
     rank: int
     size: int
 
-    def __init__(self) -> None:
+    def __init__(self, on_standstill: Callable[[str], None] = lambda error: None) -> None:
         timeout = timedelta(seconds=COLLECTIVE_SECONDS)
         self._store, self.rank, self.size = next(iter(rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))))
         self._num_commands = 0
@@ -64,6 +69,8 @@ class Ranks:
             world_size=self.size,
             timeout=timeout,
         )
+        self._watch = Watch(self._store.clone(), rank=self.rank, size=self.size, on_verdict=on_standstill)
+        self._marks = self._watch.marks
 
     @property
     def is_lead(self) -> bool:
@@ -87,7 +94,13 @@ class Ranks:
 
     def shard(self, model: nn.Module, device_type: str, parts: Parts | None = None) -> Scope[Any]:
         """Shards `model` in place over all ranks, onto their devices ("cpu" or "cuda"); see `shard.shard`."""
-        return shard(model, init_device_mesh(device_type, (self.size,)), parts)
+        scope = shard(model, init_device_mesh(device_type, (self.size,)), parts)
+
+        def passing(forward: Callable[[], Any]) -> Any:
+            self._marks.begun()
+            return scope(forward)
+
+        return passing
 
     def local(self, tensor: Tensor) -> Tensor:
         """This rank's shard of `tensor`, sharing its memory; the tensor itself where it is whole."""
@@ -95,24 +108,28 @@ class Ranks:
 
     def sum(self, *tensors: Tensor) -> None:
         """Adds up each tensor over the ranks, in place."""
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        with self._marks.waiting():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """True if `flag` is on some rank."""
         count = torch.tensor([int(flag)])
-        dist.all_reduce(count)
+        with self._marks.waiting():
+            dist.all_reduce(count)
         return bool(count)
 
     def from_lead(self, data: bytes | None) -> bytes:
         """The lead's `data`, on every rank."""
         size = torch.tensor([len(data) if self.is_lead and data is not None else 0])
-        dist.broadcast(size, src=0)
+        with self._marks.waiting():
+            dist.broadcast(size, src=0)
         buffer = np.empty(int(size), np.uint8)
         if self.is_lead and data is not None:
             buffer[:] = np.frombuffer(data, np.uint8)
         if len(buffer):
-            dist.broadcast(torch.from_numpy(buffer), src=0)
+            with self._marks.waiting():
+                dist.broadcast(torch.from_numpy(buffer), src=0)
         return buffer.tobytes()
 
     def barrier(self) -> None:
@@ -134,10 +151,24 @@ class Ranks:
         key = _command_key(self._num_commands)
         each_look()  # commands may come faster than it looks up
         while not self._is_set(key):
+            self._marks.mark()
             each_look()
         self._num_commands += 1
         command = json.loads(self._store.get(key))
+        self._marks.note(f"{command['name']} {command['arguments']}")
         return Command(name=command["name"], arguments=command["arguments"])
+
+    def watch(self, patience: float) -> None:
+        """Finds from now on who stands still for longer than so many seconds; see `watch`."""
+        self._watch.begin(patience)
+
+    def note(self, doing: str) -> None:
+        """This rank got on, and does something else now."""
+        self._marks.note(doing)
+
+    def long(self, doing: str) -> AbstractContextManager[None]:
+        """What is done inside may take longer than the patience."""
+        return self._marks.long(doing)
 
     def ask_to_stop(self) -> None:
         """Has the lead hear that this rank was told to stop."""
@@ -155,12 +186,13 @@ class Ranks:
         """
         own = f"rank {self.rank} of {self.size} failed: {own_error}"
         try:
-            return str(self._store.compare_set(_FAILURE_KEY, "", own), "utf-8")
+            return str(self._store.compare_set(FAILURE_KEY, "", own), "utf-8")
         except RuntimeError:
             return own  # the store went with torchrun
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, and the watch."""
+        self._watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -6,6 +6,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -97,6 +98,18 @@ class World(Protocol):
         """
         ...
 
+    def watch(self, patience: float) -> None:
+        """From now on a rank that stands still for longer than so many seconds ends the job."""
+        ...
+
+    def note(self, doing: str) -> None:
+        """This rank got on, and does something else now: for the error, should it stand still."""
+        ...
+
+    def long(self, doing: str) -> AbstractContextManager[None]:
+        """What is done inside may take longer than the patience of the watch."""
+        ...
+
     def ask_to_stop(self) -> None:
         """Has the lead hear that this rank was told to stop."""
         ...
@@ -150,6 +163,16 @@ class Solo:
     def hear(self, *, each_look: Callable[[], None] = lambda: None) -> Command:
         """Nobody speaks."""
         raise AssertionError("a single process is the lead")
+
+    def watch(self, patience: float) -> None:
+        """Nobody watches."""
+
+    def note(self, doing: str) -> None:
+        """Nobody watches."""
+
+    def long(self, doing: str) -> AbstractContextManager[None]:
+        """Nobody watches."""
+        return nullcontext()
 
     def ask_to_stop(self) -> None:
         """Nobody hears."""

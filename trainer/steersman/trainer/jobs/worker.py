@@ -113,7 +113,7 @@ def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
         if job.state is JobState.RUNNING:
             state, error_text = _run_stage(directory, job_file, store, stop, stages)
         elif launched_size() > 1:
-            with _join() as world:
+            with _join(directory) as world:
                 world.tell(_NOTHING_TO_DO)
         if state is JobState.CANCELLED and store.get(job.id).state is not JobState.CANCELLING:
             if cluster_handle:
@@ -122,8 +122,7 @@ def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
                 return EXIT_STOPPED
             state = JobState.FAILED
             error_text = "the worker was told to stop (SIGTERM) by someone else than CancelJob; resume it to go on"
-        if state is JobState.FAILED and int(os.environ.get(ENV_NODES, "1")) > 1:
-            # It may have failed because another node was lost; then all begin again, else the end of the pods tells.
+        if state is JobState.FAILED and _state_of_failure() is JobState.PENDING:
             store.move(job.id, JobState.PENDING, error=error_text)
             return EXIT_FAILED
         store.move(job.id, state, error=error_text)
@@ -144,7 +143,7 @@ def _run_stage(
     world: World = SOLO
     try:
         with ExitStack() as stack:
-            world = stack.enter_context(_join())
+            world = stack.enter_context(_join(directory))
             world.tell(_BEGIN)
             result = _stage_of(directory, job_file, world, events, lambda: stop() or world.stop_asked(), stages)
     except Exception as error:
@@ -161,7 +160,7 @@ def _run_stage(
 def _follow(directory: Path, stop: StopFlag, stages: Stages) -> int:
     """Runs the stage beside the lead, which owns the folder and records the job. Returns the exit status."""
     try:
-        with _join() as world:
+        with _join(directory) as world:
             if world.hear().name == _BEGIN:
                 _stage_of(directory, folder.read_job_file(directory), world, None, stop, stages)
     except Exception:
@@ -196,13 +195,31 @@ def _stage_of(
         raise
 
 
-def _join() -> AbstractContextManager[World]:
+def _state_of_failure() -> JobState:
+    # On several nodes it may have failed because another one was lost: then all begin again, else the end of the pods
+    # tells.
+    return JobState.PENDING if int(os.environ.get(ENV_NODES, "1")) > 1 else JobState.FAILED
+
+
+def _join(directory: Path) -> AbstractContextManager[World]:
     """The ranks that torchrun started; waits for all of them."""
     if launched_size() == 1:
         return nullcontext(SOLO)
     from steersman.trainer.distributed.ranks import Ranks
 
-    return Ranks()
+    return Ranks(on_standstill=lambda error: _record_standstill(directory, error))
+
+
+def _record_standstill(directory: Path, error: str) -> None:
+    """Records the failure on whatever rank found it: the lead may be the one that stands still."""
+    job_file = folder.read_job_file(directory)
+    store = JobStore(directory / job_file.database, journal=None)
+    try:
+        store.move(job_file.job_id, _state_of_failure(), error=error)
+    except SteersmanError as refused:
+        logger.warning("its end is recorded already: %s", refused)
+    finally:
+        store.close()
 
 
 def _print_line(line: str) -> None:

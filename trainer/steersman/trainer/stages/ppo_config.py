@@ -7,7 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.settings import DataSettings, TranscriptTemplate
 from steersman.trainer.discovery.address import parse_address
-from steersman.trainer.stages.settings import MAX_SEED, MAX_STEPS, DTypeSetting, OptimizerConfig
+from steersman.trainer.stages.settings import (
+    MAX_SEED,
+    MAX_STEPS,
+    RANK_PATIENCE_SECONDS,
+    DTypeSetting,
+    OptimizerConfig,
+    PatienceSetting,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -257,6 +264,7 @@ class PpoConfig(_Settings):
     )
     save_every_steps: int = Field(default=20, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1)
+    rank_patience_seconds: PatienceSetting = RANK_PATIENCE_SECONDS
     samples_logged: int = Field(default=2, ge=0, description="Random samples of a step written to samples.jsonl.")
     max_dropped_share: Share = Field(
         default=0.5, description="The job fails when a larger share of a batch had to be dropped."

@@ -79,6 +79,7 @@ def run_ppo(config: PpoConfig, run: Run) -> PpoResult:
     settings, GaveUp when a service stayed away too long, WeightsRefused when a policy serves another model.
     On a rank that is not the lead, all that is the lead's business.
     """
+    run.world.watch(config.rank_patience_seconds)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     tokenizer = load_tokenizer(
@@ -195,7 +196,8 @@ class PpoLoop:
         target = self._run.directory / "model"
         actor = self._learner.whole_actor()
         assert actor is not None, "the loop runs on the lead"
-        save_model(target, actor, self._tokenizer, metadata={"step": self._step})
+        with self._run.world.long("writing the model"):
+            save_model(target, actor, self._tokenizer, metadata={"step": self._step})
         return PpoResult(steps=self._step, stopped=False, model_directory=target, metrics=self._metrics)
 
     def wait_for(self, future: "Future[T]", what: str) -> T:
@@ -338,7 +340,7 @@ class PpoLoop:
             "num_samples": self._num_samples,
             "num_dropped": self._num_dropped,
         }
-        with self._timed("checkpoint"):
+        with self._timed("checkpoint"), self._run.world.long("writing a checkpoint"):
             self._run.sync()
             self._store.save(self._step, state=state, write_files=self._learner.write)
         self._saved_step = self._step

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steersman.trainer.algorithm.losses import LossOutput, RankedPairs, bradley_terry_loss, ranked_pairs
 from steersman.trainer.algorithm.metrics import MetricSums
 from steersman.trainer.checkpoint.atomic import write_json
-from steersman.trainer.checkpoint.models import adopt_special_tokens, open_scalar_head, sequence_scores
-from steersman.trainer.data.batches import PaddedBatch, Pass, pad, passes, worthwhile_padding
+from steersman.trainer.checkpoint.models import adopt_special_tokens, open_scalar_head, score_head
+from steersman.trainer.data.batches import Pass, passes, worthwhile_padding
 from steersman.trainer.data.encode import Encoder, Example
 from steersman.trainer.data.load import load_comparisons
 from steersman.trainer.data.order import balanced
 from steersman.trainer.data.records import Comparison
 from steersman.trainer.distributed.world import Scope, World
 from steersman.trainer.stages import reward_normalization
+from steersman.trainer.stages.packed import TokenBatch, batch_of, packing_step, states_at
 from steersman.trainer.stages.placement import Placement, place
 from steersman.trainer.stages.reward_evaluation import JudgedPair, evaluate_pairs
 from steersman.trainer.stages.reward_model_config import RewardModelConfig
@@ -53,6 +54,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
 
     DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
     """
+    run.world.watch(config.rank_patience_seconds)
     tokenizer = read_tokenizer(config)
     records, report = load_comparisons(config.data)
     train_numbers, eval_numbers = config.held_out(len(records))
@@ -62,7 +64,7 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
     run.progress(0, config.max_steps or 0, f"{report.num_records} comparisons, {report.num_bad_rows} bad rows left out")
 
     placement = place(run.world.device(config.device), config.dtype)
-    pad_id = _require_padding(tokenizer)
+    _require_padding(tokenizer)
     opened = open_scalar_head(config.model, seed=config.seed, tokenizer=tokenizer, in_parts=run.world.size > 1)
     model = opened.model
     _cover_vocabulary(model, tokenizer)
@@ -82,7 +84,6 @@ def run_reward_model(config: RewardModelConfig, run: Run) -> StageResult:
         if config.balance_lengths
         else list(range(len(comparisons))),
         eval_comparisons=_encode(encoder, eval_records, use_ties=False),
-        pad_id=pad_id,
         directory=run.directory,
     )
     return train(config, task, model, tokenizer, run, facts=report.metrics())
@@ -120,7 +121,6 @@ class _RewardModelTask:
     comparisons: list[_Encoded]
     order: list[int]
     eval_comparisons: list[_Encoded]
-    pad_id: int
     directory: Path
     normalization: dict[str, Any] = field(default_factory=dict)
 
@@ -142,7 +142,8 @@ class _RewardModelTask:
                 )
             (loss * share).backward()  # type: ignore[no-untyped-call]
             _add(sums, output, pairs, share=share)
-            sums.add({"num_tokens": batch.lengths_B.sum() * share}, count=share)
+            num_tokens = torch.tensor(sum(batch.lengths) * share, device=scores_B.device)
+            sums.add({"num_tokens": num_tokens}, count=share)
         return sums
 
     @torch.no_grad()
@@ -198,9 +199,17 @@ class _RewardModelTask:
         if self.world.is_lead:
             write_json(self.directory / SCORES_FILE, {"dtype": dtype, "items": items})
 
-    def _scores(self, batch: PaddedBatch) -> Tensor:
+    def _scores(self, batch: TokenBatch) -> Tensor:
+        """The score at the last token of each row, as the Hugging Face forward pass gives it: ``[B]``."""
+        lasts = [start + length - 1 for start, length in zip(batch.starts_B, batch.lengths, strict=True)]
+        lasts_B = torch.tensor(lasts, device=self.placement.device)
+
+        def score() -> Tensor:
+            states_BD = states_at(self.model, batch, lasts_B)
+            return cast(Tensor, score_head(self.model)(states_BD)).squeeze(-1).float()
+
         with self.placement.autocast():
-            scores_B: Tensor = self.scope(lambda: sequence_scores(self.model, batch.ids_BT, batch.lengths_B))
+            scores_B: Tensor = self.scope(score)
         return scores_B
 
     def _all_scored(self, comparisons: list[_Encoded]) -> Iterator[tuple[Tensor, list[_Encoded]]]:
@@ -244,19 +253,21 @@ class _RewardModelTask:
 
     def _passes(self, comparisons: list[_Encoded]) -> list[Pass]:
         """This rank's micro-batches of whole comparisons: the responses of one are always scored together."""
+        packed = packing_step(self.model) is not None
+        size = sum if packed else max
         return passes(
-            [max(example.num_tokens for example in c.examples) for c in comparisons],
+            [size(example.num_tokens for example in c.examples) for c in comparisons],
             token_budget=self.config.micro_batch_tokens,
             rows=[len(c.examples) for c in comparisons],
             max_padding=worthwhile_padding(self.placement.device),
+            packed=packed,
             rank=self.world.rank,
             num_ranks=self.world.size,
         )
 
-    def _batch(self, group: list[_Encoded]) -> tuple[PaddedBatch, list[_Encoded]]:
-        examples = [example for c in group for example in c.examples]
-        batch = pad([e.prompt_ids for e in examples], [e.response_ids for e in examples], pad_id=self.pad_id)
-        return batch.to(self.placement.device), group
+    def _batch(self, group: list[_Encoded]) -> tuple[TokenBatch, list[_Encoded]]:
+        rows = [[*example.prompt_ids, *example.response_ids] for c in group for example in c.examples]
+        return batch_of(rows, self.placement.device, step=packing_step(self.model)), group
 
 
 def _add(sums: MetricSums, output: LossOutput, pairs: RankedPairs, *, share: float = 1.0) -> None:
@@ -303,14 +314,13 @@ def _encode(encoder: Encoder, records: list[Comparison], *, use_ties: bool) -> l
     ]
 
 
-def _require_padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a padding token that is no other token; a new one is added where EOS served as padding.
+def _require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sees to a padding token that is no other token; a new one is added where EOS served as padding.
 
     Scorers take the last token that is not padding: with EOS as padding they would score the token before it.
     """
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": _PAD_TOKEN})
-    return int(tokenizer.pad_token_id)
 
 
 def _cover_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

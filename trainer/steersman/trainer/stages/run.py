@@ -82,6 +82,7 @@ class Run:
 
     def progress(self, step: int, total_steps: int, message: str) -> None:
         """Says how far the stage is, and what it does or waits for."""
+        self.world.note(f"step {step} of {total_steps}: {message}")
         if self._listener is not None:
             self._listener.on_progress(step, total_steps, message)
 

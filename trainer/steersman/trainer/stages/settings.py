@@ -1,6 +1,6 @@
 """Settings that several stages have. Settings import neither torch nor transformers: the service checks them too."""
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,17 @@ MAX_STEPS: Final = 10**9
 MAX_SEED: Final = 2**63 - 1
 
 DTypeSetting = Literal["auto", "float32", "bfloat16"]
+
+PatienceSetting = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="Of several processes: one that gives no sign for so long ends the job, and so does one that lives "
+        "when none has got on for longer; 1,800 s more before the first forward pass, and 600 s more while files are "
+        "written or checked. More than a forward and backward pass of a micro-batch takes.",
+    ),
+]
+RANK_PATIENCE_SECONDS: Final = 120.0
 
 
 class OptimizerConfig(BaseModel):

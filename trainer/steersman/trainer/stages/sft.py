@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden, most_likely_tokens
 from steersman.trainer.algorithm.losses import token_nll_loss
 from steersman.trainer.algorithm.metrics import MetricSums
-from steersman.trainer.checkpoint.models import hidden_states, lm_head, open_actor
-from steersman.trainer.data.batches import PaddedBatch, pad, passes, worthwhile_padding
+from steersman.trainer.checkpoint.models import lm_head, open_actor
+from steersman.trainer.data.batches import passes, worthwhile_padding
 from steersman.trainer.data.encode import Example
 from steersman.trainer.data.load import load_demonstrations
 from steersman.trainer.distributed.totals import total
 from steersman.trainer.distributed.world import Scope, World
+from steersman.trainer.stages.packed import TokenBatch, batch_of, packing_step, states_at
 from steersman.trainer.stages.placement import Placement, place
 from steersman.trainer.stages.run import Run
 from steersman.trainer.stages.sft_config import SftConfig
@@ -31,6 +32,7 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
     and ``eval/accuracy`` (share of counted tokens that are the most likely one). Goes on from the run's last
     checkpoint. DataError, CheckpointError or ValueError name what is wrong with the data, the model or a setting.
     """
+    run.world.watch(config.rank_patience_seconds)
     tokenizer = read_tokenizer(config)
     encoder = make_encoder(config, tokenizer)
     records, report = load_demonstrations(config.data)
@@ -45,7 +47,6 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
     placement = place(run.world.device(config.device), config.dtype)
     opened = open_actor(config.model, seed=config.seed, tokenizer=tokenizer, in_parts=run.world.size > 1)
     model = opened.model
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     task = _SftTask(
         model=model,
         world=run.world,
@@ -53,11 +54,22 @@ def run_sft(config: SftConfig, run: Run) -> StageResult:
         placement=placement,
         examples=encoder.demonstrations([records[n] for n in train_numbers]),
         eval_examples=encoder.demonstrations(eval_records),
-        pad_id=int(pad_id),
         micro_batch_tokens=config.micro_batch_tokens,
         train_on_prompt=config.train_on_prompt,
     )
     return train(config, task, model, tokenizer, run, facts=report.metrics())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Micro:
+    """Some examples without their last tokens, which predict nothing. `predicting_N` are flat places in `batch` whose
+    states predict the counted tokens `targets_N`; `num_tokens` are all that were read.
+    """
+
+    batch: TokenBatch
+    predicting_N: Tensor  # noqa: N815
+    targets_N: Tensor  # noqa: N815
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +80,6 @@ class _SftTask:
     placement: Placement
     examples: list[Example]
     eval_examples: list[Example]
-    pad_id: int
     micro_batch_tokens: int
     train_on_prompt: bool
 
@@ -80,12 +91,13 @@ class _SftTask:
         examples = [self.examples[n] for n in records]
         denominator = max(1, sum(self._num_counted(example) for example in examples))
         sums = MetricSums()
-        for batch, share in self._batches(examples):
-            logprobs_N = self.scope(partial(self._logprobs, batch))
+        for micro, share in self._micros(examples):
+            logprobs_N = self.scope(partial(self._logprobs, micro))
             output = token_nll_loss(logprobs_N, torch.ones_like(logprobs_N, dtype=torch.bool), denominator=denominator)
             (output.loss * share).backward()  # type: ignore[no-untyped-call]
             sums.add({"loss": output.sums["nll"] * share}, count=output.count * share)
-            sums.add({"num_tokens": batch.lengths_B.sum() * share}, count=share)
+            num_tokens = torch.tensor(micro.num_tokens * share, device=logprobs_N.device)
+            sums.add({"num_tokens": num_tokens}, count=share)
         return sums
 
     @torch.no_grad()
@@ -93,8 +105,8 @@ class _SftTask:
         if not self.eval_examples:
             return {}
         sums = MetricSums()
-        for batch, share in self._batches(self.eval_examples):
-            logprobs_N, correct_N = self.scope(partial(self._judged, batch))
+        for micro, share in self._micros(self.eval_examples):
+            logprobs_N, correct_N = self.scope(partial(self._judged, micro))
             correct, count = correct_N.sum() * share, len(correct_N) * share
             sums.add({"eval/loss": -logprobs_N.sum() * share, "eval/accuracy": correct}, count=count)
         return total(self.world, sums).means()
@@ -105,39 +117,46 @@ class _SftTask:
     def files(self) -> dict[str, Any]:
         return {}
 
-    def _batches(self, examples: list[Example]) -> Iterator[tuple[PaddedBatch, float]]:
+    def _micros(self, examples: list[Example]) -> Iterator[tuple[_Micro, float]]:
         """This rank's micro-batches, and 1; or 0 where one does not count."""
         for one in passes(
-            [example.num_tokens for example in examples],
+            [example.num_tokens - 1 for example in examples],
             token_budget=self.micro_batch_tokens,
             max_padding=worthwhile_padding(self.placement.device),
+            packed=packing_step(self.model) is not None,
             rank=self.world.rank,
             num_ranks=self.world.size,
         ):
-            chosen = [examples[n] for n in one.items]
-            batch = pad([e.prompt_ids for e in chosen], [e.response_ids for e in chosen], pad_id=self.pad_id)
-            yield batch.to(self.placement.device), float(one.counts)
+            yield self._micro([examples[n] for n in one.items]), float(one.counts)
 
-    def _logprobs(self, batch: PaddedBatch) -> Tensor:
-        hidden_ND, targets_N = self._counted(batch)
-        return logprobs_from_hidden(hidden_ND, lm_head(self.model).weight, targets_N).logprobs
+    def _micro(self, examples: list[Example]) -> _Micro:
+        device = self.placement.device
+        rows = [[*example.prompt_ids, *example.response_ids] for example in examples]
+        batch = batch_of([row[:-1] for row in rows], device, step=packing_step(self.model))
+        counts = [self._num_counted(example) for example in examples]
+        ends = [start + len(row) - 1 for start, row in zip(batch.starts_B, rows, strict=True)]
+        predicting = [place for end, count in zip(ends, counts, strict=True) for place in range(end - count, end)]
+        targets = [token for row, count in zip(rows, counts, strict=True) for token in row[len(row) - count :]]
+        return _Micro(
+            batch=batch,
+            predicting_N=torch.tensor(predicting, device=device),
+            targets_N=torch.tensor(targets, device=device),
+            num_tokens=sum(len(row) for row in rows),
+        )
 
-    def _judged(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, micro: _Micro) -> Tensor:
+        return logprobs_from_hidden(self._states(micro), lm_head(self.model).weight, micro.targets_N).logprobs
+
+    def _judged(self, micro: _Micro) -> tuple[Tensor, Tensor]:
         """Log-probs ``[N]`` of the counted tokens, and whether they are the most likely ones."""
-        hidden_ND, targets_N = self._counted(batch)
-        head = lm_head(self.model).weight
-        logprobs_N = logprobs_from_hidden(hidden_ND, head, targets_N).logprobs
-        return logprobs_N, most_likely_tokens(hidden_ND, head) == targets_N
+        hidden_ND, head = self._states(micro), lm_head(self.model).weight
+        logprobs_N = logprobs_from_hidden(hidden_ND, head, micro.targets_N).logprobs
+        return logprobs_N, most_likely_tokens(hidden_ND, head) == micro.targets_N
 
-    def _counted(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[N, D]`` that predict the counted tokens, and these ``[N]``: the head sees no others."""
-        mask_BT = batch.response_mask_BT
-        if self.train_on_prompt:
-            mask_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < batch.lengths_B[:, None]
-        mask_BT = mask_BT[:, 1:]
+    def _states(self, micro: _Micro) -> Tensor:
+        """Hidden states ``[N, D]`` that predict the counted tokens: the head sees no others."""
         with self.placement.autocast():
-            states_BTD = hidden_states(self.model, batch.ids_BT[:, :-1])
-        return states_BTD[mask_BT], batch.ids_BT[:, 1:][mask_BT]
+            return states_at(self.model, micro.batch, micro.predicting_N)
 
     def _num_counted(self, example: Example) -> int:
         return example.num_tokens - 1 if self.train_on_prompt else len(example.response_ids)

@@ -156,7 +156,9 @@ def train(
     metadata = identity | {"step": total_steps, "metrics": _finite(final)}
     whole = trained.whole("")
     if whole is not None:
-        save_model(directory, whole, tokenizer, metadata=metadata, files=task.files())
+        with world.long("writing the model"):
+            save_model(directory, whole, tokenizer, metadata=metadata, files=task.files())
+    world.barrier()  # the others watch over the lead until it is done
     run.progress(total_steps, total_steps, "done")
     return StageResult(
         num_steps=total_steps,
@@ -209,7 +211,8 @@ class _Checkpoints:
             return
         state = {"optimizer": self._trained.state_dict()[""], "random": random_state(), "identity": self._identity}
         self._run.sync()
-        self._store.save(step, state=state, write_files=self._write)
+        with self._run.world.long("writing a checkpoint"):
+            self._store.save(step, state=state, write_files=self._write)
 
     def resume(self) -> int:
         """Goes on from the last checkpoint; gives its step, 0 if there is none."""

@@ -5,7 +5,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.trainer.data.order import EpochOrder, split_indices
 from steersman.trainer.data.settings import DataSettings, TranscriptTemplate
-from steersman.trainer.stages.settings import MAX_SEED, MAX_STEPS, DTypeSetting, OptimizerConfig
+from steersman.trainer.stages.settings import (
+    MAX_SEED,
+    MAX_STEPS,
+    RANK_PATIENCE_SECONDS,
+    DTypeSetting,
+    OptimizerConfig,
+    PatienceSetting,
+)
 
 
 class SupervisedConfig(BaseModel):
@@ -41,6 +48,7 @@ class SupervisedConfig(BaseModel):
     eval_every_steps: int = Field(default=0, ge=0, description="0: at the end only.")
     save_every_steps: int = Field(default=100, ge=0, description="0: when stopped only.")
     keep_checkpoints: int = Field(default=2, ge=1)
+    rank_patience_seconds: PatienceSetting = RANK_PATIENCE_SECONDS
 
     @model_validator(mode="after")
     def _consistent(self) -> "SupervisedConfig":

@@ -42,13 +42,18 @@ class Trained:
             return
         from steersman.trainer.checkpoint.shards import write_shards
 
-        write_shards(directory, self._tensors(only_mine=True), rank=self.world.rank)
+        with self.world.long("writing its shards"):
+            write_shards(directory, self._tensors(only_mine=True), rank=self.world.rank)
         self.world.barrier()
 
     def read(self, directory: Path, state: Mapping[str, Any]) -> None:
         """Goes on from what `write` and `state_dict` gave, on whatever number of ranks. CheckpointError if it does
         not fit.
         """
+        with self.world.long("reading a checkpoint"):
+            self._read(directory, state)
+
+    def _read(self, directory: Path, state: Mapping[str, Any]) -> None:
         if any("steps" in of_one for of_one in state.values()):
             from steersman.trainer.checkpoint.shards import read_shards
 
@@ -74,6 +79,7 @@ class Trained:
 
         kept: dict[str, Tensor] = {}
         for key, tensor in whole(_weights(model)):
+            self.world.note(f"gathering {key}")
             if self.world.is_lead:
                 kept[key] = tensor.to("cpu", copy=True)
         if not self.world.is_lead:
