@@ -8,10 +8,12 @@ from typing import Any
 
 import grpc.aio
 import numpy as np
+import torch
 from fake_weight_service import FakeWeightService, manifest
 from tiny_model import EOS, MODEL, VOCABULARY, write_tokenizer
+from torch import nn
 
-from steersman.trainer.checkpoint.models import load_actor
+from steersman.trainer.checkpoint.models import load_actor, load_scalar_head, save_model, score_head
 from steersman.trainer.checkpoint.source import ModelSource
 from steersman.v1 import (
     policy_pb2,
@@ -107,6 +109,14 @@ class Services(
         return reference_pb2.ComputeLogprobsResponse(logprobs=to_ragged(answer, np.float32))
 
 
+def write_reward_model(folder: Path) -> str:
+    """One with a scale of its own."""
+    model = load_scalar_head(ModelSource(config=MODEL), seed=4)
+    nn.init.normal_(score_head(model).weight, generator=torch.Generator().manual_seed(4))
+    save_model(folder, model, files={"reward_normalization.json": {"version": 1, "mean": 2.5, "std": 1.5}})
+    return str(folder)
+
+
 def ppo_settings(folder: Path, target: str, **changes: Any) -> dict[str, Any]:
     """A job whose batches do not share out evenly."""
     prompts = folder / "prompts.jsonl"
@@ -114,6 +124,7 @@ def ppo_settings(folder: Path, target: str, **changes: Any) -> dict[str, Any]:
     rate = {"learning_rate": 5e-3, "schedule": "constant"}
     return {
         "actor": {"config": MODEL},
+        "critic": {"path": write_reward_model(folder / "reward")},
         "tokenizer": write_tokenizer(folder / "tokenizer"),
         "prompts": {"files": [str(prompts)]},
         "max_prompt_tokens": 8,

@@ -33,7 +33,7 @@ from transformers import (
 from steersman.serving.location import Location, locate, locate_tokenizer
 from steersman.serving.tokenization import trusted
 from steersman.trainer.checkpoint.atomic import CheckpointError, atomic_directory
-from steersman.trainer.checkpoint.parts import Opened, WeightFiles, open_model
+from steersman.trainer.checkpoint.parts import Opened, WeightFiles, open_model, stored_tensors
 from steersman.trainer.checkpoint.source import ModelSource
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -100,6 +100,25 @@ def open_scalar_head(
         return Opened(model=load_scalar_head(source, seed=seed, tokenizer=tokenizer))
     assert opened.files is not None
     return replace(opened, model=_ready_scalar_head(opened.model, tokenizer, fresh="score.weight" not in opened.files))
+
+
+def shift_scores(opened: Opened, *, mean: float, std: float) -> Opened:
+    """The scalar head of ``opened`` with scores ``(score - mean) / std``; it has a bias then, to be learned too."""
+    head, files = score_head(opened.model), opened.files
+    with torch.no_grad():
+        raw = {
+            name: parameter if files is None or f"score.{name}" not in files else files.rows(f"score.{name}", 0, 1)
+            for name, parameter in head.named_parameters()
+        }
+        weight = raw["weight"].float() / std
+        bias = ((raw["bias"].float() if "bias" in raw else weight.new_zeros(1)) - mean) / std
+    head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return replace(opened, files=files.without(("score.weight", "score.bias")) if files is not None else None)
+
+
+def checkpoint_folder(source: ModelSource) -> Path | None:
+    """Where the files of ``source`` are; None for a model from scratch. CheckpointError if there are none."""
+    return _folder(locate, "checkpoint", source.path, source.revision) if source.path is not None else None
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -276,8 +295,9 @@ def read_weights(model: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
     if files is not None and all(name in files for name in state):
         # Views of the files: whoever takes rows of them holds no more.
         return {name: files.rows(name, 0, len(tensor) if tensor.ndim else 1) for name, tensor in state.items()}
-    saved = _from_pretrained(type(model), ModelSource(path=str(directory)))
-    return cast("dict[str, Tensor]", saved.state_dict())
+    saved = _from_pretrained(type(model), ModelSource(path=str(directory))).state_dict()
+    # Such as a bias that its class does not have.
+    return cast("dict[str, Tensor]", saved | stored_tensors(directory, state.keys() - saved.keys()))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -335,9 +355,9 @@ def _config_from_scratch(settings: dict[str, Any], tokenizer: PreTrainedTokenize
 
 
 def _open(factory: Any, source: ModelSource, seed: int, **settings: Any) -> Opened | None:
-    if source.path is None:
+    folder = checkpoint_folder(source)
+    if folder is None:
         return None
-    folder = _folder(locate, "checkpoint", source.path, source.revision)
     with _seeded(seed):
         return open_model(factory, folder, **settings)
 

@@ -9,7 +9,7 @@ gives None, and the caller loads the model whole.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,10 @@ class WeightFiles:
                 return None
             slices |= dict.fromkeys(names, found[0]) if found else {}
         return cls(slices)
+
+    def without(self, names: Collection[str]) -> "WeightFiles":
+        """The same but for some tensors, of which the model has other values."""
+        return WeightFiles({name: part for name, part in self._slices.items() if name not in names})
 
     def __contains__(self, name: str) -> bool:
         return name in self._slices
@@ -132,6 +136,15 @@ def _no_values() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def stored_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Those of the safetensors files in `folder` that go by one of `names` there."""
+    found: dict[str, Tensor] = {}
+    for path in _files(folder):
+        file: Any = safe_open(path, framework="pt")
+        found |= {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118 - no mapping
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

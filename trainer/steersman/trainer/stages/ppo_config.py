@@ -202,6 +202,11 @@ class PpoConfig(_Settings):
     critic: ModelSource | None = Field(
         default=None, description="Where the critic starts, best the reward model; None: the actor with a fresh head."
     )
+    critic_scale: Literal["served", "raw"] = Field(
+        default="served",
+        description="Scale on which the critic starts where its checkpoint says how scores are normalised: that of the "
+        "scores that the reward service gives, or of raw ones.",
+    )
     tokenizer: str | None = Field(default=None, description="Directory or hub id; default: actor.path.")
     prompts: DataSettings
     transcript: TranscriptTemplate = TranscriptTemplate()

@@ -30,17 +30,20 @@ from transformers import PreTrainedTokenizerBase
 from steersman.trainer.algorithm.kl import AdaptiveKLController, FixedKLController, KLController
 from steersman.trainer.checkpoint.models import (
     load_tokenizer,
+    checkpoint_folder,
     open_actor,
     open_scalar_head,
     require_savable,
     save_model,
 )
+    shift_scores,
 from steersman.trainer.checkpoint.parts import Opened
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
 from steersman.trainer.distributed.world import World
 from steersman.trainer.rollout.types import Rollout, RolloutBatch, describe_drops
 from steersman.trainer.stages.placement import place
+from steersman.trainer.stages import reward_normalization
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import Learner, PpoLearner
 from steersman.trainer.stages.ppo_pipeline import RolloutPipeline, require_fresh
@@ -126,10 +129,13 @@ def load_models(
 ) -> tuple[Opened, Opened]:
     """Actor and critic, on the CPU; `in_parts`, their weights are still in their files where that can be."""
     start = config.critic or config.actor
-    return (
-        open_actor(config.actor, seed=config.seed, tokenizer=tokenizer, in_parts=in_parts),
-        open_scalar_head(start, seed=config.seed, tokenizer=tokenizer, in_parts=in_parts),
-    )
+    actor = open_actor(config.actor, seed=config.seed, tokenizer=tokenizer, in_parts=in_parts)
+    critic = open_scalar_head(start, seed=config.seed, tokenizer=tokenizer, in_parts=in_parts)
+    folder = checkpoint_folder(config.critic) if config.critic is not None else None
+    if folder is not None and config.critic_scale == "served":
+        scale = reward_normalization.stored(folder, critic.model.config)
+        critic = critic if scale is None else shift_scores(critic, mean=scale[0], std=scale[1])
+    return actor, critic
 
 
 def _run(config: PpoConfig, run: Run, tokenizer: PreTrainedTokenizerBase, learner: Learner) -> PpoResult:
@@ -249,7 +255,7 @@ class PpoLoop:
         # Before more is begun: the loop waits for the evaluation.
         evaluated = self._evaluate()
         pipeline.published(self._step)
-        metrics |= self._rollout_metrics(batch, report) | evaluated
+        metrics |= self._rollout_metrics(batch) | evaluated
         metrics["rollout/ready_batches"] = float(num_ready)
         metrics |= self._time_metrics(time.monotonic() - started, len(batch.rollouts))
         self._metrics = metrics
