@@ -255,7 +255,7 @@ class PpoLoop:
         # Before more is begun: the loop waits for the evaluation.
         evaluated = self._evaluate()
         pipeline.published(self._step)
-        metrics |= self._rollout_metrics(batch) | evaluated
+        metrics |= self._rollout_metrics(batch, report) | evaluated
         metrics["rollout/ready_batches"] = float(num_ready)
         metrics |= self._time_metrics(time.monotonic() - started, len(batch.rollouts))
         self._metrics = metrics
