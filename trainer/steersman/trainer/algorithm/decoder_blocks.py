@@ -1,8 +1,8 @@
 """What a decoder layer does token by token, in two steps that are differentiated by hand; float32, on a CPU.
 
-A few hundred tokens at a time go through all of a half, forwards and backwards, so that what lies between its matrix
-products is still in the cache; and what is cheap to compute again (the norm, the gate's product) is not kept. Products
-of weights run through oneDNN; gradients of weights are one product over all tokens.
+A step takes a thousand tokens or so at a time through all that it does, so that what lies between its products is not
+there for all tokens at once; what is cheap to compute again (the norm, the gate's product) is not kept. Products of
+weights run through oneDNN; gradients of weights are one product over all tokens.
 
 Shape suffixes: `T` tokens, `D` width of the model, `E` outputs of the projections together, `F` width of the
 feed-forward block, `C` tokens of a chunk.
@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from steersman.trainer.algorithm.products import matmul_nt
 
-_CHUNK_TOKENS = 256
+# Fewer would stay in the cache, but every operator costs some microseconds whatever its size.
+_CHUNK_TOKENS = 1024
 
 
 def project(
@@ -157,7 +158,9 @@ def _chunks(num_tokens: int) -> Iterator[slice]:
 
 
 def _weight_gradient(grad_TM: Tensor, input_TK: Tensor) -> Tensor:
-    """`[M, K]`."""
+    """`[M, K]`, the product taken so that the narrower of the two is the one to be turned around."""
+    if grad_TM.shape[1] > input_TK.shape[1]:
+        return matmul_nt(input_TK.T, grad_TM.T).T.contiguous()
     return matmul_nt(grad_TM.T, input_TK.T)
 
 

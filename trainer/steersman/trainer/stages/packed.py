@@ -6,19 +6,23 @@ architecture is left alone and trains on padded rows: `states_at` takes either.
 
 In the last layer only the tokens whose state is asked for have a query and a feed-forward block: what they give
 elsewhere reaches no other token, and most of a batch are prompts.
+
+A pack of a small model on a CPU gets a few tokens of filling, a row of its own, so that few numbers of tokens occur:
+oneDNN generates code for each one that it has not seen, and takes about a millisecond for it at each shape of weights.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steersman.serving.packed_decoder import KINDS
+from steersman.serving.packing import round_up
 from steersman.trainer.algorithm.decoder_blocks import feed_forward, project
 from steersman.trainer.algorithm.packed_attention import Heads, Pack, attend
 from steersman.trainer.checkpoint.models import hidden_states_at
@@ -28,41 +32,68 @@ _log = logging.getLogger(__name__)
 
 # A block of rows more costs about as much as so much padding inside of attention.
 _CPU_BLOCK_PADDING: Final = 128
+# Parameters times tokens of filling: 16 ms of a core forwards and backwards, for a dozen shapes of weights.
+_MAX_FILLING: Final = 2**28
 _PARTS: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """Rows of tokens ready for a model: packed into one row of `ids_BT`, or each in a row of its own, padded on the
-    right. `starts_B` are the flat places in `ids_BT` of each row's first token.
+    right. `starts_B` are the flat places in `ids_BT` of each row's first token, `lengths` the tokens of each row. What
+    a pack has beyond them is filling.
     """
 
     ids_BT: Tensor  # noqa: N815
     starts_B: tuple[int, ...]  # noqa: N815
-    pack: Pack | None
+    lengths: tuple[int, ...]
+    pack: Pack | None = None
+    step: int = 1
 
 
-def batch_of(rows: Sequence[Tensor | Sequence[int]], device: torch.device, *, packed: bool) -> TokenBatch:
-    """The batch of `rows`, at least one and none empty, with its tensors on `device`."""
+def packing_step(*models: PreTrainedModel) -> int | None:
+    """Numbers of tokens of a pack are to be rounded up to multiples of it, 1 for any. None if not all of the models can
+    pack, for want of `let_pack` or because it did not know them.
+    """
+    layers = [layer for model in models for layer in getattr(model.base_model, "layers", (None,))]
+    if not all(isinstance(layer, _PackedLayer) for layer in layers):
+        return None
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    if parameters[0].device.type != "cpu":
+        return 1
+    largest = max(sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    return max(1, 1 << (_MAX_FILLING // largest).bit_length() >> 1)
+
+
+def batch_of(rows: Sequence[Tensor | Sequence[int]], device: torch.device, *, step: int | None) -> TokenBatch:
+    """The batch of `rows`, at least one and none empty, with its tensors on `device`; `step` is the `packing_step`."""
     tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
-    lengths = [len(row) for row in tensors]
-    if not packed:
+    lengths = tuple(len(row) for row in tensors)
+    if step is None:
         ids_BT = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        starts = range(0, ids_BT.numel(), ids_BT.shape[1])
-        return TokenBatch(ids_BT=ids_BT.to(device), starts_B=tuple(starts), pack=None)
+        starts = tuple(range(0, ids_BT.numel(), ids_BT.shape[1]))
+        return TokenBatch(ids_BT=ids_BT.to(device), starts_B=starts, lengths=lengths)
+    num_tokens = sum(lengths)
+    # With at least one, so that places can be rounded up as well.
+    filling = round_up(num_tokens + 1, step) - num_tokens if step > 1 else 0
     # On an accelerator a kernel more costs more than padding, of which there should just not be too much for memory.
-    max_padding = _CPU_BLOCK_PADDING if device.type == "cpu" else sum(lengths) // 4
-    starts_B = tuple(np.cumsum([0, *lengths[:-1]]).tolist())
-    pack = Pack.of(lengths, device, max_padding=max_padding)
-    return TokenBatch(ids_BT=torch.cat(tensors)[None].to(device), starts_B=starts_B, pack=pack)
+    max_padding = _CPU_BLOCK_PADDING if device.type == "cpu" else num_tokens // 4
+    return TokenBatch(
+        ids_BT=torch.cat([*tensors, torch.zeros(filling, dtype=torch.int64)])[None].to(device),
+        starts_B=tuple(accumulate(lengths[:-1], initial=0)),
+        lengths=lengths,
+        pack=Pack.of([*lengths, filling] if filling else lengths, device, max_padding=max_padding),
+        step=step,
+    )
 
 
 def states_at(model: PreTrainedModel, batch: TokenBatch, positions_P: Tensor) -> Tensor:
-    """Final hidden states `[P, D]` at the flat `positions_P` of the batch, ascending. A pack needs a model that
-    `can_pack`.
-    """
+    """Final hidden states `[P, D]` at different flat `positions_P` of the batch."""
     if batch.pack is None:
         return hidden_states_at(model, batch.ids_BT, positions_P)
+    # The last token is filling, unless nothing is rounded. It can be asked for often: its gradient is zero.
+    more = round_up(len(positions_P), batch.step) - len(positions_P)
+    asked_P = torch.cat([positions_P, positions_P.new_full((more,), batch.ids_BT.shape[1] - 1)])
     output = model.base_model(
         input_ids=batch.ids_BT,
         position_ids=batch.pack.positions_T[None],
@@ -70,15 +101,9 @@ def states_at(model: PreTrainedModel, batch: TokenBatch, positions_P: Tensor) ->
         attention_mask=batch.ids_BT.new_zeros(1, 1, 1, 1),
         use_cache=False,
         pack=batch.pack,
-        asked_P=positions_P,
+        asked_P=asked_P,
     )
-    return cast(Tensor, output.last_hidden_state)[0]
-
-
-def can_pack(model: PreTrainedModel) -> bool:
-    """True if `let_pack` was there and knew the model."""
-    layers = list(getattr(model.base_model, "layers", ()))
-    return bool(layers) and all(isinstance(layer, _PackedLayer) for layer in layers)
+    return cast(Tensor, output.last_hidden_state)[0, : len(positions_P)]
 
 
 def let_pack(model: PreTrainedModel) -> bool:

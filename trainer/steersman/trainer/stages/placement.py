@@ -43,6 +43,7 @@ class Placement:
         if world.size == 1:
             self.move(model, fast_linear=fast_linear)
             return direct
+        let_pack(model)
         scope = world.shard(model, self.device.type, parts)
         if fast_linear and self.device.type == "cpu":
             speed_up(model)

@@ -34,7 +34,7 @@ from steersman.trainer.distributed.totals import total
 from steersman.trainer.distributed.world import SOLO, Scope, World, direct
 from steersman.trainer.rollout.types import Rollout
 from steersman.trainer.stages.optim import apply_update, build_optimizer
-from steersman.trainer.stages.packed import TokenBatch, batch_of, can_pack, states_at
+from steersman.trainer.stages.packed import TokenBatch, batch_of, packing_step, states_at
 from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_batch import RolloutTensors, Targets, make_targets
 from steersman.trainer.stages.ppo_config import PpoConfig
@@ -125,7 +125,7 @@ class PpoLearner:
         self._device = next(actor.parameters()).device
         self._head, self._value_head = lm_head(actor), score_head(critic)
         self._placement = place(str(self._device), config.dtype)
-        self._packed = can_pack(actor) and can_pack(critic)
+        self._packing_step = packing_step(actor, critic)
         self._settings = {"actor": config.optimizer, "critic": config.critic_optimizer}
         self._optimizers = {
             "actor": build_optimizer(config.optimizer, actor),
@@ -352,7 +352,7 @@ class PpoLearner:
             [rollouts[row].num_tokens - 1 for row in rows],
             token_budget=self._config.micro_batch_tokens,
             max_padding=worthwhile_padding(self._placement.device),
-            packed=self._packed,
+            packed=self._packing_step is not None,
             rank=self._world.rank,
             num_ranks=self._world.size,
         )
@@ -362,7 +362,7 @@ class PpoLearner:
         prompts = [torch.from_numpy(rollouts[row].prompt.token_ids) for row in one.items]
         responses = [torch.from_numpy(rollouts[row].response_ids) for row in one.items]
         rows = [torch.cat(each)[:-1] for each in zip(prompts, responses, strict=True)]
-        batch = batch_of(rows, self._device, packed=self._packed)
+        batch = batch_of(rows, self._device, step=self._packing_step)
         ends = [start + len(row) for start, row in zip(batch.starts_B, rows, strict=True)]
         predicting = [torch.arange(end - len(ids), end) for end, ids in zip(ends, responses, strict=True)]
         return _Micro(
