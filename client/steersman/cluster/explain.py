@@ -21,6 +21,16 @@ _OVER: Final = _WELL | {"Failed"}
 # How the API server's RBAC says no: verb, resource, group.
 _MISSING_RIGHT: Final = re.compile(r'cannot (\w+) resource "([^"]*)" in API group "([^"]*)"')
 
+_POLICY: Final = "an admission policy of the cluster refuses it, and says why"
+_BAD_FIELD: Final = "a setting under kubernetes does not suit this cluster: the message names its field"
+
+# Why a controller could not make a pod, by what the API server says. The first that is found.
+_CREATION_ADVICE: Final = {
+    "exceeded quota": "wait until other pods have ended, ask for less, or have the ResourceQuota raised",
+    "serviceaccount": "create the ServiceAccount, or set kubernetes.service_account",
+    "PriorityClass": "create the PriorityClass, or set kubernetes.priority_class",
+    "is invalid": _BAD_FIELD,
+}
 # Of a container that waits, by the reason that the kubelet gives.
 _CONTAINER_ADVICE: Final = {
     "ErrImagePull": "check kubernetes.image, that nodes reach its registry, and kubernetes.image_pull_secrets",
@@ -51,7 +61,9 @@ def explain_problem(problem: ApiProblem, *, namespace: str) -> str:
     subject = (
         f"{asked.resource} {namespace}/{asked.name}" if asked.name else f"{asked.resource} in namespace {namespace}"
     )
-    return f"cannot {asked.verb} {subject}: {_short(str(problem))}; {_advice(problem, namespace)}"
+    # Of several conflicts the API server makes lines.
+    why = _short(" ".join(str(problem).split()))
+    return f"cannot {asked.verb} {subject}: {why}; {_advice(problem, namespace)}"
 
 
 def _advice(problem: ApiProblem, namespace: str) -> str:
@@ -70,7 +82,10 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
             rule = "apiGroups: [{2!r}], resources: [{1!r}], verbs: [{0!r}]".format(*missing.groups())
             return f"give this service's ServiceAccount a Role in {namespace} with {rule}"
         case 403:
-            return "an admission policy of the cluster refuses it, and says why"
+            return _POLICY
+        # So do ValidatingAdmissionPolicies.
+        case 422 if "denied request" in text:
+            return _POLICY
         case 404 if problem.asked is not None and problem.asked.resource.startswith("jobsets."):
             return "install the JobSet controller, or set kubernetes.jobset to false"
         case 404:
@@ -83,7 +98,7 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
         case 409:
             return "an object of this name is in the way: delete it, and resume the job"
         case 400 | 422:
-            return "a setting under kubernetes does not suit this cluster: the message names its field"
+            return _BAD_FIELD
         case 429:
             when = f"in {problem.retry_after_seconds:.0f} s" if problem.retry_after_seconds else "later"
             return f"the API server is busy: ask again {when}"
@@ -176,6 +191,8 @@ def _pod_waits(pod: Object, events_of: Callable[[str], Iterable[Object]]) -> str
         if placed.get("reason") == "SchedulingGated":
             advice = "what gated it must let it go"
         return f"{what}: {placed.get('reason')}: {_short(placed.get('message') or '')}; {advice}"
+    if not pod.get("spec", {}).get("nodeName"):
+        return f"{what}: no node has been chosen for it yet; if that lasts, is the cluster's scheduler up?"
     for container in status.get("containerStatuses") or ():
         waiting = (container.get("state") or {}).get("waiting") or {}
         if (reason := waiting.get("reason", "")) in _CONTAINER_ADVICE:
@@ -199,11 +216,7 @@ def _workload_waits(job: Object, conditions: Mapping[str, Object], events_of: Ca
     for event in _newest_first(events_of(metadata["uid"])):
         if event.get("reason") == "FailedCreate":
             message = event.get("message") or ""
-            advice = "an admission policy or a missing ServiceAccount is in the way"
-            if "exceeded quota" in message:
-                advice = "wait until other pods have ended, ask for less, or have the ResourceQuota raised"
-            elif "serviceaccount" in message:
-                advice = "create the ServiceAccount, or set kubernetes.service_account"
+            advice = next((advice for part, advice in _CREATION_ADVICE.items() if part in message), _POLICY)
             return f"{what}: {_short(message)}; {advice}"
     return what
 

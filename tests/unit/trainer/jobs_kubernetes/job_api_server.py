@@ -137,7 +137,10 @@ class JobApiServer:
                 labels["batch.kubernetes.io/job-completion-index"] = str(index)
             name = f"{job}-{uid}"
             metadata = {"name": name, "namespace": "rl", "uid": uid, "labels": labels, "creationTimestamp": uid}
-            self.objects["pods"][name] = {"metadata": metadata, "status": status}
+            # The scheduler has placed it, unless that is what it waits for.
+            waits = any(one["type"] == "PodScheduled" for one in status.get("conditions") or ())
+            spec = {} if waits else {"nodeName": "node-1"}
+            self.objects["pods"][name] = {"metadata": metadata, "spec": spec, "status": status}
             return name
 
     def set_pod(self, name: str, status: dict[str, Any]) -> None:
@@ -195,7 +198,8 @@ class JobApiServer:
             held = self.objects[resource][name] = asked | {"metadata": metadata, "status": {}}
             return 201, held
         if held["metadata"].get("managedFields"):
-            message = 'Apply failed with 1 conflict: conflict with "kubectl-create" using batch/v1: .spec.backoffLimit'
+            fields = "\n- .spec.backoffLimit\n- .spec.completions"
+            message = f'Apply failed with 2 conflicts: conflicts with "kubectl-create" using batch/v1:{fields}'
             return 409, status_object(409, "Conflict", message)
         if resource == "jobs" and held["spec"]["template"] != asked["spec"]["template"]:
             message = f'Job.batch "{name}" is invalid: spec.template: Invalid value: {{}}: field is immutable'

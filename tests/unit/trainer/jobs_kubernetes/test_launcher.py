@@ -153,6 +153,13 @@ async def test_why_a_pod_does_not_run(
     assert (await launcher.status(handle)).waiting == ""
 
 
+async def test_a_pod_that_no_scheduler_has_seen(launcher: KubernetesLauncher, server: JobApiServer, run: Path) -> None:
+    handle = await launch(launcher, run)
+    pod = server.add_pod("steersman-ppo-1-1", {"phase": "Pending"})
+    del server.objects["pods"][pod]["spec"]["nodeName"]
+    assert "no node has been chosen" in (await launcher.status(handle)).waiting
+
+
 async def test_a_volume_that_is_not_there_is_told_by_the_events_of_the_pod(
     launcher: KubernetesLauncher, server: JobApiServer, run: Path
 ) -> None:
@@ -176,6 +183,8 @@ async def test_a_volume_that_is_not_there_is_told_by_the_events_of_the_pod(
             "service_account",
         ),
         ('pods "x" is forbidden: violates PodSecurity "restricted:latest"', "admission policy"),
+        ('pods "x" is forbidden: no PriorityClass with name high was found', "kubernetes.priority_class"),
+        ('Pod "x" is invalid: spec.containers[0].image: Invalid value: " a"', "the message names its field"),
     ],
 )
 async def test_why_a_job_has_no_pod(
@@ -254,6 +263,12 @@ REFUSALS = [
         'spec.template.spec.priorityClassName: Invalid value: "x"',
         ["priorityClassName", "names its field"],
     ),
+    (
+        "patch jobs",
+        422,
+        "jobs.batch \"x\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'p' denied request: not today",
+        ["not today", "an admission policy"],
+    ),
 ]
 
 
@@ -280,7 +295,7 @@ async def test_what_someone_else_made_is_not_taken(
 ) -> None:
     metadata = {"name": "steersman-ppo-1-1", "namespace": "rl", "uid": "theirs", "managedFields": [{"manager": "them"}]}
     server.objects["jobs"]["steersman-ppo-1-1"] = {"metadata": metadata, "spec": {}}
-    with pytest.raises(LaunchRefused, match=r'conflict with "kubectl-create".*delete it, and resume the job'):
+    with pytest.raises(LaunchRefused, match=r'conflicts with "kubectl-create".*delete it, and resume the job'):
         await launch(launcher, run)
 
 
