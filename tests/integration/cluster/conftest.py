@@ -1,9 +1,10 @@
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Test modules are imported on their own; what they share with the tests against our own API server lies there.
 sys.path.insert(0, str(Path(__file__).parents[2] / "unit" / "trainer" / "jobs_kubernetes"))
@@ -11,7 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "unit" / "k8s"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from control_plane import SERVER, ControlPlane, find
+from nodes import Nodes
 
+SignIn = Callable[[str], None]
+RBAC = Path(__file__).parents[3] / "k8s" / "base" / "trainer" / "rbac.yaml"
 _numbers = itertools.count(1)
 
 
@@ -37,3 +41,34 @@ def namespace(plane: ControlPlane) -> Iterator[str]:
     labels = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
     with plane.namespace(f"test-{next(_numbers)}", labels) as name:
         yield name
+
+
+@pytest.fixture
+def accounts(controllers: ControlPlane, namespace: str) -> ControlPlane:
+    """The accounts and rights of the base in the namespace: `trainer` and `training-job`."""
+    objects = [one for one in yaml.safe_load_all(RBAC.read_text()) if one is not None]
+    for one in objects:
+        for subject in one.get("subjects", ()):
+            subject["namespace"] = namespace
+    controllers.make(namespace, *objects)
+    return controllers
+
+
+@pytest.fixture
+def sign_in(plane: ControlPlane, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SignIn:
+    """Clients that are made from now on are this account of the namespace."""
+    path = tmp_path / "kubeconfig"
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    # Read by the client when it was imported.
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+
+    def as_account(name: str) -> None:
+        path.write_text(yaml.safe_dump(plane.kubeconfig(plane.token(namespace, name), namespace)))
+
+    return as_account
+
+
+@pytest.fixture
+def nodes(accounts: ControlPlane, namespace: str) -> Nodes:
+    """What runs pods of the namespace."""
+    return Nodes(accounts, namespace)

@@ -215,6 +215,11 @@ class ControlPlane:
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
         return str(self.admin.ask("POST", path, body)["status"]["token"])
 
+    def make(self, namespace: str, *objects: Object) -> None:
+        """Makes objects in a namespace."""
+        for one in objects:
+            self.admin.ask("POST", path_of(one["kind"], namespace), one)
+
     @contextmanager
     def namespace(self, name: str, labels: Mapping[str, str]) -> Iterator[str]:
         """A namespace; it is deleted at the end, and nobody waits for that."""
@@ -286,3 +291,24 @@ class ControlPlane:
         process = self._processes.pop(name)
         process.kill()
         process.wait(60)
+
+
+# Where objects of a kind are, below a namespace or beside all of them.
+_PLACES: Final = {
+    "Job": "/apis/batch/v1/{0}/jobs",
+    "LimitRange": "/api/v1/{0}/limitranges",
+    "Pod": "/api/v1/{0}/pods",
+    "ResourceQuota": "/api/v1/{0}/resourcequotas",
+    "Role": "/apis/rbac.authorization.k8s.io/v1/{0}/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/{0}/rolebindings",
+    "Service": "/api/v1/{0}/services",
+    "ServiceAccount": "/api/v1/{0}/serviceaccounts",
+    "ValidatingAdmissionPolicy": "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies",
+    "ValidatingAdmissionPolicyBinding": "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings",
+}
+
+
+def path_of(kind: str, namespace: str, name: str = "") -> str:
+    """Of objects of a kind, or of one."""
+    place = _PLACES[kind].format(f"namespaces/{namespace}")
+    return f"{place}/{name}" if name else place
