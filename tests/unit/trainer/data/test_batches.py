@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steersman.trainer.data.batches import micro_batches, packs, pad, passes, share_out
+from steersman.trainer.data.batches import micro_batches, packs, passes, share_out
 from steersman.trainer.data.order import EpochOrder, split_indices
 
 
@@ -119,12 +119,3 @@ def test_shares_cost_alike():
     assert share_out([9, 1, 1, 1, 1, 5, 1, 1], 2) == [[0, 6], [1, 2, 3, 4, 5, 7]]
     assert share_out([3], 3) == [[0], [], []]
     assert share_out([4, 2, 3], 1) == [[0, 1, 2]]
-
-
-def test_padding_and_masks():
-    batch = pad([[1, 2], [3]], [[4, 9], [5, 6, 7, 9]], pad_id=0)
-    assert batch.ids_BT.tolist() == [[1, 2, 4, 9, 0], [3, 5, 6, 7, 9]]
-    assert batch.lengths_B.tolist() == [4, 5]
-    assert batch.response_mask_BT.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]]
-    with pytest.raises(ValueError, match="at least one sequence"):
-        pad([], [], pad_id=0)

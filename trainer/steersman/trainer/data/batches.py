@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
 
 
 def worthwhile_padding(device: torch.device) -> int | None:
@@ -138,36 +137,3 @@ def share_out(costs: Sequence[int], num_shares: int) -> list[list[int]]:
         shares[least].append(item)
         totals[least] += costs[item]
     return [sorted(share) for share in shares]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaddedBatch:
-    """Right-padded sequences: ``ids_BT`` int64, ``lengths_B`` int64, and ``response_mask_BT``, true at response tokens
-    (EOS too).
-    """
-
-    ids_BT: Tensor  # noqa: N815
-    lengths_B: Tensor  # noqa: N815
-    response_mask_BT: Tensor  # noqa: N815
-
-    def to(self, device: torch.device) -> "PaddedBatch":
-        """The same on ``device``."""
-        return PaddedBatch(
-            ids_BT=self.ids_BT.to(device, non_blocking=True),
-            lengths_B=self.lengths_B.to(device, non_blocking=True),
-            response_mask_BT=self.response_mask_BT.to(device, non_blocking=True),
-        )
-
-
-def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad_id: int) -> PaddedBatch:
-    """Prompt and response tokens joined and padded on the right with ``pad_id``. ValueError if there are none."""
-    if not prompts:
-        raise ValueError("a batch must have at least one sequence")
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    width = max(lengths)
-    ids = [[*p, *r, *[pad_id] * (width - len(p) - len(r))] for p, r in zip(prompts, responses, strict=True)]
-    lengths_B = torch.tensor(lengths)
-    starts_B = torch.tensor([len(p) for p in prompts])
-    positions_T = torch.arange(width)
-    mask_BT = (positions_T >= starts_B[:, None]) & (positions_T < lengths_B[:, None])
-    return PaddedBatch(ids_BT=torch.tensor(ids), lengths_B=lengths_B, response_mask_BT=mask_BT)
