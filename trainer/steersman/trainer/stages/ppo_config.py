@@ -218,11 +218,11 @@ class PpoConfig(_Settings):
     prompts_per_step: int = Field(default=64, ge=1)
     num_epochs: int = Field(default=1, ge=1, description="Passes over each batch.")
     num_minibatches: int = Field(default=1, ge=1, description="Optimizer steps in a pass.")
-    micro_batch_tokens: int = Field(default=4096, ge=1, description="Padded tokens in one forward pass.")
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="Tokens in one forward pass, with padding.")
     retained_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="Padded tokens whose activations may be alive at once when a batch is one optimizer step: so many "
+        description="Tokens whose activations may be alive at once when a batch is one optimizer step: so many "
         "need one forward pass instead of two. Default: 16,384 on a CPU, one micro-batch elsewhere.",
     )
     max_staleness: int = Field(

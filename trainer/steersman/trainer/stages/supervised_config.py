@@ -32,7 +32,7 @@ class SupervisedConfig(BaseModel):
     max_response_tokens: int = Field(default=512, ge=1, description="EOS counted; longer responses lose their end.")
 
     batch_size: int = Field(default=32, ge=1, description="Records in one update.")
-    micro_batch_tokens: int = Field(default=8192, ge=1, description="Padded tokens in one forward pass.")
+    micro_batch_tokens: int = Field(default=8192, ge=1, description="Tokens in one forward pass, with padding.")
     num_epochs: float = Field(default=1.0, gt=0, le=1e6, description="Passes over the data, if max_steps is left out.")
     max_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="Updates in all.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
