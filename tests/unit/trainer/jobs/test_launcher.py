@@ -75,7 +75,9 @@ async def test_a_worker_in_a_cluster_is_none_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("resources", "field"),
     [
-        (JobResources(num_processes=2), "spec.resources.num_processes"),
+        (JobResources(num_processes=100_000), "spec.resources.num_processes"),
+        (JobResources(num_processes=-1), "spec.resources.num_processes"),
+        (JobResources(num_processes=1, processes_per_node=2), "spec.resources.processes_per_node"),
         (JobResources(cpus_per_process=-1), "spec.resources.cpus_per_process"),
         (JobResources(memory_bytes_per_process=1), "spec.resources.memory_bytes_per_process"),
         (JobResources(queue_name="q"), "spec.resources.queue_name"),

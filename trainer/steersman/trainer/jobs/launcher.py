@@ -9,10 +9,12 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -29,6 +31,10 @@ EXIT_FOLDER_IN_USE: Final = 75
 REAP_SECONDS: Final = 10.0
 # Of one answer: far below what a message holds.
 MAX_LOG_BYTES: Final = MIB
+# In the environment of ranks: the process that the launcher started, and knows them by.
+ENV_PROCESS: Final = "STEERSMAN_WORKER_PROCESS"
+_NODE: Final = (sys.executable, "-P", "-m", "steersman.trainer.jobs.node")
+_LOOPBACK: Final = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Workers as processes of this machine."""
+    """Workers as processes of this machine, those of one job under torchrun if they are several."""
 
     def __init__(self, command: Sequence[str] = (sys.executable, "-P", "-m", "steersman.trainer.jobs.worker")) -> None:
         self._command = tuple(command)
@@ -109,10 +115,17 @@ class LocalLauncher:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def check(self, resources: JobResources) -> Sequence[FieldViolation]:
-        """A local job is one process that sees all of the machine; only its CPU threads can be bounded."""
+        """The processes of a local job see all of the machine, and each takes the GPU of its number; only their CPU
+        threads can be bounded.
+        """
         num_cpus = os.cpu_count() or 1
+        num_each = num_cpus // max(1, resources.num_processes)
         bounds = {
-            "num_processes": (resources.num_processes, "0 or 1", resources.num_processes in (0, 1)),
+            "num_processes": (
+                resources.num_processes,
+                f"0 to the {num_cpus} CPUs of this machine",
+                0 <= resources.num_processes <= num_cpus,
+            ),
             "processes_per_node": (
                 resources.processes_per_node,
                 "0 or num_processes",
@@ -121,8 +134,8 @@ class LocalLauncher:
             "gpus_per_process": (resources.gpus_per_process, "0 or 1", resources.gpus_per_process in (0, 1)),
             "cpus_per_process": (
                 resources.cpus_per_process,
-                f"0 to the {num_cpus} of this machine",
-                0 <= resources.cpus_per_process <= num_cpus,
+                f"0 to the {num_each} for each process of this machine",
+                0 <= resources.cpus_per_process <= num_each,
             ),
             "memory_bytes_per_process": (
                 resources.memory_bytes_per_process,
@@ -151,7 +164,7 @@ class LocalLauncher:
     def _launch(self, run_directory: Path, resources: JobResources) -> str:
         with (run_directory / LOG_FILE).open("ab") as log:
             child = subprocess.Popen(
-                [*self._command, str(run_directory)],
+                [*self._command_for(resources.num_processes), str(run_directory)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -162,6 +175,13 @@ class LocalLauncher:
         threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
         self._children[child.pid] = child
         return process_handle(child.pid)
+
+    def _command_for(self, num_processes: int) -> Sequence[str]:
+        if num_processes <= 1:
+            return self._command
+        # torchrun listens at the port after the one of the meeting, which a single node does not hold.
+        place = ("--nodes", "1", "--coordinator", _LOOPBACK, "--port", str(_free_port() - 1))
+        return (*_NODE, *place, "--processes", str(num_processes))
 
     async def status(self, handle: str) -> WorkerStatus:
         """See `Launcher`. How a worker ended is known only to the service that started it."""
@@ -182,15 +202,26 @@ class LocalLauncher:
             _send(os.kill, pid, signal.SIGTERM)
 
     async def kill(self, handle: str) -> None:
-        """See `Launcher`."""
+        """See `Launcher`. Ranks are in sessions of their own, and would go on without what started them."""
         if (pid := _find(handle)) is not None:
-            _send(os.killpg, pid, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                ranks = psutil.Process(pid).children(recursive=True)
+                _send(os.killpg, pid, signal.SIGKILL)
+                for rank in ranks:
+                    with suppress(psutil.NoSuchProcess):
+                        rank.kill()
 
     async def read_log(self, handle: str, run_directory: Path, part: LogPart) -> LogLines:
         """See `Launcher`: lines of log.txt; the cursor is a place in bytes."""
         if part.cursor and not (part.cursor.isascii() and part.cursor.isdigit() and len(part.cursor) < 19):
             raise invalid_field("page_token", part.cursor, "the next_page_token of the answer before")
         return await asyncio.to_thread(_read_log, run_directory / LOG_FILE, int(part.cursor or 0), part.tail_lines)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((_LOOPBACK, 0))
+        return int(listener.getsockname()[1])
 
 
 def _read_log(path: Path, place: int, tail_lines: int) -> LogLines:
@@ -264,6 +295,11 @@ def _environment(resources: JobResources) -> Mapping[str, str]:
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Bars drawn over each other make a log unreadable.
     environment.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if resources.num_processes > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // resources.num_processes)))
+        if sys.platform == "linux":  # they talk to each other alone
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if resources.cpus_per_process > 0:
         environment["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus_per_process)))
     return environment

@@ -27,6 +27,7 @@ import psutil
 from steersman.cluster.objects import ENV_NODES, ENV_SPEC, EXIT_STOPPED
 from steersman.serving import logging as serving_logging
 from steersman.trainer.jobs import standalone
+from steersman.trainer.jobs.launcher import ENV_PROCESS
 from steersman.trainer.jobs.meeting import MAX_LINE_BYTES, Coordinator, Line, Patience, living
 from steersman.wire.errors import SteersmanError
 
@@ -145,7 +146,11 @@ class Node:
 
     def _environment(self) -> dict[str, str]:
         # When one worker ends torchrun ends the others of its node, which may still write their part of a checkpoint.
-        return {ENV_NODES: str(self.place.num_nodes), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(self.place.grace))}
+        return {
+            ENV_NODES: str(self.place.num_nodes),
+            ENV_PROCESS: str(os.getpid()),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(self.place.grace)),
+        }
 
     def _over(self, what: dict[str, Any]) -> int:
         code = int(what["over"])

@@ -26,7 +26,7 @@ from steersman.serving import logging as serving_logging
 from steersman.trainer.distributed.world import SOLO, World, launched_rank, launched_size
 from steersman.trainer.jobs import folder, standalone
 from steersman.trainer.jobs.events import EventWriter
-from steersman.trainer.jobs.launcher import EXIT_FOLDER_IN_USE, process_handle
+from steersman.trainer.jobs.launcher import ENV_PROCESS, EXIT_FOLDER_IN_USE, process_handle
 from steersman.trainer.jobs.model import JobState
 from steersman.trainer.jobs.registry import STAGES, Stages
 from steersman.trainer.jobs.store import JobStore
@@ -103,7 +103,7 @@ def _run_job(directory: Path, stop: StopFlag, stages: Stages) -> int:
     store = JobStore(directory / job_file.database, journal=None)
     try:
         try:
-            job = store.begin(job_file.job_id, cluster_handle or process_handle(os.getpid()))
+            job = store.begin(job_file.job_id, cluster_handle or _local_handle())
         except SteersmanError as error:
             # It was cancelled before this worker was up.
             logger.warning("not started: %s", error)
@@ -193,6 +193,10 @@ def _stage_of(
         # Before this rank's connections close: the others would only say that they broke.
         world.blame(_explain(error))
         raise
+
+
+def _local_handle() -> str:
+    return process_handle(int(os.environ.get(ENV_PROCESS, os.getpid())))
 
 
 def _state_of_failure() -> JobState:
