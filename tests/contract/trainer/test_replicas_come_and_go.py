@@ -23,6 +23,7 @@ from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_services import GrpcServices
 from steersman.trainer.weights.image import WeightImage
 from steersman.trainer.weights.ports import WeightsRefused
+from steersman.wire.errors import unavailable
 from steersman.wire.identity import WeightVersion
 
 RUN = "demo.1"
@@ -253,6 +254,38 @@ async def test_patience_without_any_replica_ends(fleet: Fleet) -> None:
     await fleet.show()
     with pytest.raises(GaveUp, match=r"no policy replica appeared for .* told:///policy"):
         await collected(services, 2, 1)
+
+
+async def test_a_batch_waits_for_the_weights_that_were_sent_before_it(fleet: Fleet) -> None:
+    services = await fleet.services(activation="all_or_nothing")
+    replica = await fleet.replica()
+    replica.policy.flowing.set()
+    await fleet.show(replica)
+    await asyncio.wrap_future(services.check())
+    await published(services, 1)
+    staging = replica.weights.holds["stage"] = asyncio.Event()
+    publishing = asyncio.wrap_future(services.publish(image(2)))
+    cancelled, batch = collected(services, 4, 1), collected(services, 4, 2)
+    await until(lambda: replica.weights.held_at == "stage", [replica])
+    cancelled.cancel()
+    await asyncio.wrap_future(services.check())  # time enough for a prompt to get there
+    staging.set()
+    require_whole(await batch, fleet, 4)
+    assert (await publishing).failures == {}
+    assert [event for event in replica.weights.events if "prompt" in event] == [f"prompt at {RUN}@2"] * 4
+
+
+async def test_a_batch_fails_with_the_weights_that_were_sent_before_it(fleet: Fleet) -> None:
+    services = await fleet.services(activation="all_or_nothing", give_up_seconds=0.05)
+    replica = await fleet.replica()
+    await fleet.show(replica)
+    await asyncio.wrap_future(services.check())
+    replica.weights.faults["begin"] = [unavailable("away")] * 1000
+    publishing, batch = asyncio.wrap_future(services.publish(image(1))), collected(services, 2, 1)
+    for one in (publishing, batch):
+        with pytest.raises(GaveUp, match="a quorum of policies stayed away"):
+            await one
+    assert replica.policy.num_prompts == 0
 
 
 async def test_a_new_replica_whose_model_does_not_suit_the_job_ends_the_run_with_the_reason(fleet: Fleet) -> None:

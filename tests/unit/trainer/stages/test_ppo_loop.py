@@ -43,6 +43,8 @@ class FakeServices:
         self.num_drops = 0
         self.num_at_once = MAX_TOKENS
         self.hang = False
+        self.late_pushes = False
+        self.failing_push: int | None = None
         self.begun: list[Future[RolloutBatch]] = []
         self.prompts: dict[int, list[str]] = {}
 
@@ -50,7 +52,8 @@ class FakeServices:
         self.events.append(f"publish {image.version}")
         self.image = image
         self.policy.load_state_dict(image._tensors)
-        return done(PublishReport(seconds=0.0))
+        report = PublishReport(seconds=0.0, pushed_bytes=100 + image.version.step)
+        return LatePush(self, report, image.version.step) if self.late_pushes else done(report)
 
     def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
         assert self.image is not None, "prompts before the first weights"
@@ -65,6 +68,23 @@ class FakeServices:
 
     def close(self) -> None:
         self.events.append("close")
+
+
+class LatePush(Future):
+    """A publication of `FakeServices` that ends, or fails, when somebody waits for it."""
+
+    def __init__(self, services: FakeServices, report: PublishReport, step: int) -> None:
+        super().__init__()
+        self.services, self.report, self.step = services, report, step
+
+    def result(self, timeout: float | None = None) -> PublishReport:
+        if not self.done():
+            self.services.events.append(f"arrived {self.step}")
+            if self.step == self.services.failing_push:
+                self.set_exception(RuntimeError("no replica takes the weights"))
+            else:
+                self.set_result(self.report)
+        return super().result(timeout)
 
 
 class LateBatch(Future):
@@ -235,6 +255,44 @@ def test_batches_are_begun_as_early_as_staleness_allows_and_trained_in_order(mak
     ages = [min(step, staleness) for step in range(5)]
     assert [row["rollout/staleness_mean"] for row in rows] == ages
     assert [row["rollout/staleness_max"] for row in rows] == ages
+
+
+LATE_ORDER = {
+    0: """publish demo.1@0, arrived 0, collect 0 at 0, update 0, publish demo.1@1, arrived 1, collect 1 at 1, update 1,
+    publish demo.1@2, arrived 2, collect 2 at 2, update 2, publish demo.1@3, arrived 3""",
+    1: """publish demo.1@0, arrived 0, collect 0 at 0, collect 1 at 0, update 0, publish demo.1@1, collect 2 at 1,
+    update 1, arrived 1, publish demo.1@2, update 2, arrived 2, publish demo.1@3, arrived 3""",
+}
+
+
+@pytest.mark.parametrize("staleness", LATE_ORDER)
+def test_weights_travel_beside_the_next_update_where_its_batch_may_be_older(make, staleness: int) -> None:
+    loop, services, run, _ = make(total_steps=3, max_staleness=staleness)
+    services.late_pushes = True
+    go(loop, run)
+    assert services.events == [" ".join(event.split()) for event in LATE_ORDER[staleness].split(",")]
+    # A row tells of the newest push that has ended.
+    ended = [row["push/bytes"] for row in read_rows(run.directory / "metrics.jsonl")]
+    assert ended == [[101, 102, 103], [100, 101, 102]][staleness]
+
+
+def test_an_evaluation_waits_for_the_weights_that_it_is_of(make, write_rows) -> None:
+    evaluation = {"prompts": {"files": [write_rows([{"prompt": "Human : w1"}], "held_out.jsonl")]}, "num_prompts": 4}
+    loop, services, run, _ = make(total_steps=2, max_staleness=1, evaluation=evaluation | {"every_steps": 1})
+    services.late_pushes = True
+    go(loop, run)
+    assert services.events[-4:] == ["update 1", "publish demo.1@2", "arrived 2", "collect 0 at 2"]
+
+
+@pytest.mark.parametrize(("staleness", "num_updates"), [(0, 2), (1, 3)])
+def test_a_push_that_fails_ends_the_job(make, staleness: int, num_updates: int) -> None:
+    loop, services, run, _ = make(total_steps=8, max_staleness=staleness)
+    services.late_pushes, services.failing_push = True, 2
+    with pytest.raises(RuntimeError, match="no replica takes the weights"):
+        go(loop, run)
+    assert sum("update" in event for event in services.events) == num_updates
+    assert services.events[-1] == "arrived 2"
+    assert all(future.cancelled() for future in services.begun[num_updates:])
 
 
 def test_a_response_begun_by_old_weights_goes_on_under_new_ones_and_each_token_is_corrected_for_its_own(make) -> None:

@@ -4,6 +4,7 @@ The loop trains on batch after batch, in order; which ones are drawn meanwhile i
 `max_staleness` 0 generation and update take turns. With more, batches to come are drawn while the models are updated,
 by weights up to so many steps old; every token carries the log-prob under the weights that drew it, so the truncated
 importance weight corrects each one by itself. On separate machines that hides the shorter of generation and update.
+Weights then travel beside the next update too; a push that fails ends the job where the next one would begin.
 
 Resume: a checkpoint holds models, optimizers, random states, the KL controller and the counters as of the end of a
 step; prompts are a function of seed and step. The first act of every start is to publish the weights, under a run
@@ -29,21 +30,21 @@ from transformers import PreTrainedTokenizerBase
 
 from steersman.trainer.algorithm.kl import AdaptiveKLController, FixedKLController, KLController
 from steersman.trainer.checkpoint.models import (
-    load_tokenizer,
     checkpoint_folder,
+    load_tokenizer,
     open_actor,
     open_scalar_head,
     require_savable,
     save_model,
-)
     shift_scores,
+)
 from steersman.trainer.checkpoint.parts import Opened
 from steersman.trainer.checkpoint.state import random_state, restore_random_state
 from steersman.trainer.checkpoint.store import CheckpointStore
 from steersman.trainer.distributed.world import World
 from steersman.trainer.rollout.types import Rollout, RolloutBatch, describe_drops
-from steersman.trainer.stages.placement import place
 from steersman.trainer.stages import reward_normalization
+from steersman.trainer.stages.placement import place
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_learner import Learner, PpoLearner
 from steersman.trainer.stages.ppo_pipeline import RolloutPipeline, require_fresh
@@ -179,6 +180,8 @@ class PpoLoop:
         self._saved_step: int | None = None
         self._num_samples = 0
         self._num_dropped = 0
+        self._pushing: Future[PublishReport] | None = None
+        self._last_push = PublishReport(seconds=0.0)
         self._seconds: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
 
@@ -189,12 +192,14 @@ class PpoLoop:
         self._resume()
         try:
             with self._pipeline() as pipeline:
-                self._publish()
+                self._push()
+                self._await_push()
                 pipeline.published(self._step)
                 while self._step < config.total_steps:
                     if self._run.stop_requested():
                         raise Stopped
                     self._train_step(pipeline)
+                self._await_push()
         except Stopped:
             self._checkpoint()
             return PpoResult(steps=self._step, stopped=True, model_directory=None, metrics=self._metrics)
@@ -251,11 +256,13 @@ class PpoLoop:
         self._step = step + 1
         self._num_samples += len(batch.rollouts)
         self._num_dropped += len(batch.drops)
-        report = self._publish()
+        self._push()
+        if config.max_staleness == 0:  # there is nothing to do meanwhile
+            self._await_push()
         # Before more is begun: the loop waits for the evaluation.
         evaluated = self._evaluate()
         pipeline.published(self._step)
-        metrics |= self._rollout_metrics(batch, report) | evaluated
+        metrics |= self._rollout_metrics(batch) | evaluated
         metrics["rollout/ready_batches"] = float(num_ready)
         metrics |= self._time_metrics(time.monotonic() - started, len(batch.rollouts))
         self._metrics = metrics
@@ -265,11 +272,19 @@ class PpoLoop:
             self._checkpoint()
         self._progress(f"reward {metrics['objective/scores']:.3f}, KL {metrics['objective/kl']:.3f}")
 
-    def _publish(self) -> PublishReport:
+    def _push(self) -> None:
+        """Begins to push the weights as they are, once the push before has ended."""
+        self._await_push()
         with self._timed("push"):
             image = self._learner.image(WeightVersion(run_id=self._run_id, step=self._step))
             assert image is not None, "the loop runs on the lead"
-            return self.wait_for(self._services.publish(image), "pushing weights")
+            self._pushing = self._services.publish(image)
+
+    def _await_push(self) -> None:
+        if self._pushing is not None:
+            with self._timed("push"):
+                self._last_push = self.wait_for(self._pushing, "pushing weights")
+            self._pushing = None
 
     def _evaluate(self) -> dict[str, float]:
         """Mean score, KL and length on held-out prompts, always the same ones; empty when it is not due."""
@@ -278,6 +293,7 @@ class PpoLoop:
             return {}
         if self._step % settings.every_steps and self._step != self._config.total_steps:
             return {}
+        self._await_push()
         with self._timed("evaluation"):
             collected = self._services.collect(self._held_out.batch(0), oldest_step=self._step)
             batch = self.wait_for(collected, "evaluating")
@@ -297,7 +313,8 @@ class PpoLoop:
                 f"{self._config.max_dropped_share} (max_dropped_share): {describe_drops(batch.drops)}"
             )
 
-    def _rollout_metrics(self, batch: RolloutBatch, report: PublishReport) -> dict[str, float]:
+    def _rollout_metrics(self, batch: RolloutBatch) -> dict[str, float]:
+        push = self._last_push
         return {
             "episode": float(self._num_samples),
             "rollout/dropped": float(len(batch.drops)),
@@ -305,11 +322,11 @@ class PpoLoop:
             "rollout/resent": float(batch.num_resent),
             "rollout/stale_redrawn": float(batch.num_stale),
             "rollout/seconds": batch.seconds,
-            "push/bytes": float(report.pushed_bytes),
-            "push/delta_share": report.delta_share,
-            "push/pause_seconds": report.pause_seconds,
-            "push/activation_skew_seconds": report.activation_skew_seconds,
-            "push/replicas_behind": float(len(report.failures)),
+            "push/bytes": float(push.pushed_bytes),
+            "push/delta_share": push.delta_share,
+            "push/pause_seconds": push.pause_seconds,
+            "push/activation_skew_seconds": push.activation_skew_seconds,
+            "push/replicas_behind": float(len(push.failures)),
         }
 
     def _time_metrics(self, step_seconds: float, num_samples: int) -> dict[str, float]:

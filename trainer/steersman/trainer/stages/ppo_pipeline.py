@@ -5,9 +5,9 @@ may hold tokens of weights k - N and later, so it is begun the moment weights k 
 
     N = 0:  [draw k][update k][push k+1][draw k+1][update k+1]...
 
-    N = 1:  [draw k][update k  ][push k+1][update k+1  ][push k+2]...
-               [draw k+1 ................]
-                                          [draw k+2 .............]
+    N = 1:  [draw k][update k   ][update k+1           ][update k+2           ]...
+                                 [push k+1]             [push k+2]
+              [draw k+1 ........]          [draw k+2 ..]          [draw k+3 ..]
 
 A push switches running requests without aborting them: a response begun by weights k may end under weights k + 2, and
 each token carries the step of the weights that drew it and its log-prob under exactly these.
@@ -60,7 +60,9 @@ class RolloutPipeline:
         return sum(future.done() for future in self._under_way)
 
     def published(self, step: int) -> None:
-        """Weights of `step` are at the replicas: begins every batch that they may draw."""
+        """Weights of `step` are at the replicas, or on their way there: begins every batch that they may draw. `begin`
+        sees to it that nothing is drawn before they have arrived.
+        """
         while self._next_begun < min(step + self._max_staleness + 1, self._total_steps):
             self._under_way.append(self._begin(self._next_begun, self.oldest_step(self._next_begun)))
             self._next_begun += 1

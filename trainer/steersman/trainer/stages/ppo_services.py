@@ -58,7 +58,8 @@ class Services(Protocol):
 
     def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
         """Starts a batch, every token of it to be drawn by weights of `oldest_step` or later. Of several batches the
-        one with the lowest `priority` goes first. Cancelling the future ends it.
+        one with the lowest `priority` goes first. Its prompts are sent when the publication that began before it, if
+        any, has ended; it fails with that. Cancelling the future ends it.
         """
         ...
 
@@ -123,6 +124,7 @@ class GrpcServices:
         self._once = replace(self._channel, retry_attempts=1)
         self._thread = LoopThread()
         self._stack = AsyncExitStack()
+        self._publishing: Future[PublishReport] | None = None
         self._discovery: Discovery = discover(settings.policies, default_port=_POLICY_PORT)
         self._publisher: Publisher
         self._replicas: PolicyReplicas
@@ -141,12 +143,13 @@ class GrpcServices:
         return self._thread.start(self._check())
 
     def collect(self, prompts: Sequence[Prompt], *, oldest_step: int, priority: int = 0) -> "Future[RolloutBatch]":
-        """Starts a batch."""
-        return self._thread.start(self._collect(prompts, oldest_step, priority))
+        """Starts a batch, when the weights whose publication began before are out."""
+        return self._thread.start(self._collect(prompts, oldest_step, priority, after=self._publishing))
 
     def publish(self, image: Image) -> "Future[PublishReport]":
         """Starts to push weights to every replica."""
-        return self._thread.start(self._publish(image))
+        self._publishing = self._thread.start(self._publish(image))
+        return self._publishing
 
     def waiting(self) -> str:
         """What is being waited for."""
@@ -236,7 +239,14 @@ class GrpcServices:
         )
         self._replicas.follow(self._collector.update_targets)
 
-    async def _collect(self, prompts: Sequence[Prompt], oldest_step: int, priority: int) -> RolloutBatch:
+    async def _collect(
+        self, prompts: Sequence[Prompt], oldest_step: int, priority: int, *, after: "Future[PublishReport] | None"
+    ) -> RolloutBatch:
+        if after is not None:
+            sent = asyncio.wrap_future(after)
+            sent.add_done_callback(lambda sent: sent.cancelled() or sent.exception())  # the publisher is told of it too
+            await asyncio.wait([sent])  # which leaves it alone when this batch is cancelled
+            sent.result()
         self._replicas.require_following()
         return await self._collector.collect(prompts, oldest_step=oldest_step, priority=priority)
 
