@@ -1,4 +1,4 @@
-"""A worker with a stage of which rank 1 stands still, in the first attempt on a folder: it is stopped, or sleeps."""
+"""A worker with a stage of which rank 1 stands still: it is stopped, or sleeps."""
 
 import os
 import signal
@@ -25,15 +25,12 @@ class Config(BaseModel, extra="forbid"):
 
 
 def stand_still(config: Config, run: "Run") -> None:
-    """Ends well the second time."""
+    """Never ends well."""
     run.world.watch(config.patience)
-    attempts = run.directory / "attempts"
-    is_first = not attempts.exists()
     run.world.barrier()
     forward(run.world)
     run.progress(3, 9, "updating")
-    if is_first and run.world.rank == 1:
-        attempts.write_text("1")
+    if run.world.rank == 1:
         while b"updating" not in run.world._store.get("steersman/sign/1"):  # type: ignore[attr-defined]
             threading.Event().wait(0.05)
         stand(config.how)

@@ -1,4 +1,4 @@
-"""A rank that stands still without dying is found, named, and its job goes on in the next attempt."""
+"""A rank that stands still without dying is found and named, and its job can be started again."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from steersman.trainer.jobs.store import DATABASE_FILE, JobStore
 pytestmark = pytest.mark.timeout(900)
 PROGRAM = str(Path(__file__).with_name("standing_worker.py"))
 # Longer than a live rank of a busy machine gives no sign.
-PATIENCE_SECONDS = 10
+PATIENCE_SECONDS = 15
 
 
 def state_of(directory: Path) -> tuple[JobState, str]:
@@ -48,8 +48,6 @@ async def test_a_rank_that_stands_still_ends_the_job_with_its_name_and_its_stack
     assert "in stand\n" in log.read_text()
     assert "in barrier\n" in log.read_text()
 
-    if how == "stopped":
-        assert standalone.prepare(directory, spec)
-        async with torchrun(2, log, PROGRAM, str(directory)) as process:
-            assert await ended(process) == 0, log.read_text()
-        assert state_of(directory) == (JobState.SUCCEEDED, "")
+    # It may be started again.
+    assert standalone.prepare(directory, spec)
+    assert state_of(directory)[0] is JobState.PENDING
