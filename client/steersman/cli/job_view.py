@@ -50,7 +50,7 @@ def key_metrics(values: Mapping[str, float], limit: int = _MAX_SHOWN) -> dict[st
 class JobView:
     """What is known of a job from its events, and how it is shown.
 
-    On a terminal it draws in place; elsewhere it writes one plain line an event.
+    On a terminal it draws in place; elsewhere it writes one plain line an event that says something new.
     """
 
     def __init__(self, job: Job, console: Console) -> None:
@@ -76,9 +76,12 @@ class JobView:
     def show(self, events: Iterable[JobEvent]) -> None:
         """Shows the events until they end."""
         if not self._console.is_terminal:
+            last = ""
             for event in events:
                 self._take(event)
-                self._console.print(Text(self._line(event)))
+                if (line := self._line(event)) != last:
+                    self._console.print(Text(line))
+                last = line
             return
         with Live(self, console=self._console, refresh_per_second=8):
             for event in events:

@@ -127,6 +127,7 @@ def test_the_view_writes_plain_lines_elsewhere() -> None:
     events = [
         JobProgress(step=0, total_steps=0, message="starting"),
         JobProgress(step=0, total_steps=4, message="reading"),
+        JobProgress(step=0, total_steps=4, message="reading"),  # a sign of life, no news
         StateChange(state=JobState.FAILED, error="out of [memory]"),
     ]
     view.show([event(number, payload) for number, payload in enumerate(events, start=1)])
