@@ -21,6 +21,7 @@ import pytest
 import trustme
 import urllib3
 import yaml
+from kubernetes import client
 
 from steersman.cli import tether
 from steersman.cli.supervisor import free_port
@@ -199,6 +200,12 @@ class ControlPlane:
             ],
             "users": [{"name": "test", "user": {"token": token}}],
         }
+
+    def client(self) -> client.ApiClient:
+        """The official client, as administrator."""
+        settings = client.Configuration(host=self.url, api_key={"authorization": f"Bearer {_ADMIN}"})
+        settings.ssl_ca_cert = str(self.authority)
+        return client.ApiClient(settings)
 
     def kubectl(self, *arguments: str, documents: list[Object] | None = None) -> subprocess.CompletedProcess[str]:
         """The command as administrator; `documents` come from its input."""

@@ -7,22 +7,17 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from api_server import END, ApiServer, Refusal
+from followed import following
 from slice_objects import endpoint, endpoint_slice
 
 from steersman.trainer.discovery import cluster, endpoint_slices
-from steersman.trainer.discovery.address import ServiceAddress, parse_address
-from steersman.trainer.discovery.endpoint_slices import EndpointSliceDiscovery
 from steersman.trainer.discovery.ports import DiscoveryRefused
-from steersman.trainer.retry import Backoff
 
-QUICK = Backoff(initial_seconds=0.01, max_seconds=0.02)
 ONE = ("10.0.0.1:50051",)
 TWO = ("10.0.0.1:50051", "10.0.0.2:50051")
 
@@ -36,36 +31,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiServe
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
         (tmp_path / "config").write_text(json.dumps(running.kubeconfig()), encoding="utf-8")
         yield running
-
-
-class Following:
-    """A discovery and the answers that it gave."""
-
-    def __init__(self, discovery: EndpointSliceDiscovery) -> None:
-        self.discovery = discovery
-        self.answers = discovery.targets()
-
-    async def next(self) -> tuple[str, ...]:
-        return await asyncio.wait_for(anext(self.answers), 20)
-
-    async def problem(self, text: str) -> None:
-        """Returns once the problem holds `text`."""
-        async with asyncio.timeout(20):
-            while text not in self.discovery.problem:
-                await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def following(address: str = "k8s:///policy", **options: Any) -> AsyncIterator[Following]:
-    parsed = parse_address(address)
-    assert isinstance(parsed, ServiceAddress)
-    one = Following(EndpointSliceDiscovery(parsed, backoff=QUICK, **options))
-    try:
-        yield one
-    finally:
-        await asyncio.wait_for(one.answers.aclose(), 20)
-        names = [thread.name for thread in threading.enumerate()]
-        assert "steersman-watch-policy" not in names, "the watcher goes on after its end"
 
 
 async def test_slices_that_come_change_and_go_are_followed(server: ApiServer) -> None:
