@@ -142,6 +142,8 @@ def standing(workload: Object, pods: Sequence[Object], events_of: Callable[[str]
         newest = {_index(pod): pod for pod in current}
         waits = (_pod_waits(newest[index], events_of) for index in sorted(newest))
         return Standing(alive=True, waiting=next(filter(None, waits), ""))
+    if pods and pods[-1].get("status", {}).get("phase") == "Succeeded":
+        return Standing(alive=True)  # its controller is about to say so
     return Standing(alive=True, waiting=_workload_waits(workload, conditions, events_of))
 
 

@@ -107,6 +107,17 @@ async def test_stop_ends_the_pod_in_peace_and_the_job_after_it(
     await launcher.kill(handle)
 
 
+async def test_a_pod_that_ended_well_is_waited_for_by_nobody(
+    launcher: KubernetesLauncher, server: JobApiServer, run: Path
+) -> None:
+    handle = await launch(launcher, run)
+    assert "has no pod yet" in (await launcher.status(handle)).waiting
+    server.add_pod("steersman-ppo-1-1", {"phase": "Succeeded"})
+    assert await launcher.status(handle) == WorkerStatus(alive=True)
+    server.set_condition("steersman-ppo-1-1", "Complete")
+    assert not (await launcher.status(handle)).alive
+
+
 async def test_kill_ends_the_job_and_its_pods_at_once(
     launcher: KubernetesLauncher, server: JobApiServer, run: Path
 ) -> None:
