@@ -49,7 +49,7 @@ def states_and_gradients(model: Any, rows: list[list[int]], step: int | None) ->
         for place in range(min(1, len(row) - 1), len(row))
     ]
     model.zero_grad()
-    states_PD = states_at(model, batch, torch.tensor(positions))
+    states_PD = states_at(model, batch, batch.rounded(torch.tensor(positions)))[: len(positions)]
     weights = torch.randn(states_PD.shape, generator=torch.Generator().manual_seed(1))
     (states_PD * weights).sum().backward()
     return states_PD.detach(), [parameter.grad.clone() for parameter in model.parameters()]

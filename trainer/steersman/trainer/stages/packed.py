@@ -50,6 +50,12 @@ class TokenBatch:
     pack: Pack | None = None
     step: int = 1
 
+    def rounded(self, positions_P: Tensor) -> Tensor:
+        """`positions_P` and, where sizes are to be few, some more at the end: filling, whose states nobody needs."""
+        # With a step there is filling, and it is last. It can be asked for often: its gradient is zero.
+        more = round_up(len(positions_P), self.step) - len(positions_P)
+        return torch.cat([positions_P, positions_P.new_full((more,), self.ids_BT.shape[1] - 1)])
+
 
 def packing_step(*models: PreTrainedModel) -> int | None:
     """Numbers of tokens of a pack are to be rounded up to multiples of it, 1 for any. None if not all of the models can
@@ -88,12 +94,9 @@ def batch_of(rows: Sequence[Tensor | Sequence[int]], device: torch.device, *, st
 
 
 def states_at(model: PreTrainedModel, batch: TokenBatch, positions_P: Tensor) -> Tensor:
-    """Final hidden states `[P, D]` at different flat `positions_P` of the batch."""
+    """Final hidden states `[P, D]` at flat `positions_P` of the batch, different but for filling."""
     if batch.pack is None:
         return hidden_states_at(model, batch.ids_BT, positions_P)
-    # The last token is filling, unless nothing is rounded. It can be asked for often: its gradient is zero.
-    more = round_up(len(positions_P), batch.step) - len(positions_P)
-    asked_P = torch.cat([positions_P, positions_P.new_full((more,), batch.ids_BT.shape[1] - 1)])
     output = model.base_model(
         input_ids=batch.ids_BT,
         position_ids=batch.pack.positions_T[None],
@@ -101,9 +104,9 @@ def states_at(model: PreTrainedModel, batch: TokenBatch, positions_P: Tensor) ->
         attention_mask=batch.ids_BT.new_zeros(1, 1, 1, 1),
         use_cache=False,
         pack=batch.pack,
-        asked_P=asked_P,
+        asked_P=positions_P,
     )
-    return cast(Tensor, output.last_hidden_state)[0, : len(positions_P)]
+    return cast(Tensor, output.last_hidden_state)[0]
 
 
 def let_pack(model: PreTrainedModel) -> bool:

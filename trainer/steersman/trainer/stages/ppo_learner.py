@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
@@ -51,13 +51,14 @@ _CPU_RETAINED_TOKENS = 16_384
 class _Micro:
     """Some rows of the batch, ready for a forward pass.
 
-    `batch` leaves out the last token of each row, which predicts nothing; `predicting_t` are flat positions in it whose
-    states predict the response tokens `targets_t`, row by row.
+    `batch` leaves out the last token of each row, which predicts nothing. The states at its flat `predicting_p` predict
+    the response tokens `targets_t`, row by row; `targets_p` are these. What `p` has beyond `t` does not count.
     """
 
     rows_b: Tensor
     batch: TokenBatch
-    predicting_t: Tensor
+    predicting_p: Tensor
+    targets_p: Tensor
     targets_t: Tensor
     counts: bool = True
 
@@ -321,24 +322,25 @@ class PpoLearner:
         return step < self._config.critic_warmup_steps
 
     def _forward(self, micro: _Micro, step: int, *, grad: bool) -> _Outputs:
-        config = self._config
+        config, num_targets = self._config, len(micro.targets_t)
 
         def take() -> tuple[Tensor, Tensor | None]:
-            states_tD = states_at(self.actor, micro.batch, micro.predicting_t)
+            states_pD = states_at(self.actor, micro.batch, micro.predicting_p)
             taken = logprobs_from_hidden(
-                states_tD,
+                states_pD,
                 self._head.weight,
-                micro.targets_t,
+                micro.targets_p,
                 bias_V=self._head.bias,
                 temperature=config.sampling.temperature,
                 with_entropy=grad and (config.exact_entropy or config.entropy_coefficient > 0),
             )
-            return taken.logprobs, taken.entropy
+            entropy_t = None if taken.entropy is None else taken.entropy[:num_targets]
+            return taken.logprobs[:num_targets], entropy_t
 
         def judge() -> Tensor:
-            states_tD = states_at(self.critic, micro.batch, micro.predicting_t)
-            values_t: Tensor = self._value_head(states_tD).squeeze(-1).float()
-            return values_t
+            states_pD = states_at(self.critic, micro.batch, micro.predicting_p)
+            values_p: Tensor = self._value_head(states_pD).squeeze(-1).float()
+            return values_p[:num_targets]
 
         with torch.set_grad_enabled(grad and not self._is_warm_up(step)), self._placement.autocast():
             logprobs_t, entropy_t = self._actor_scope(take)
@@ -365,11 +367,13 @@ class PpoLearner:
         batch = batch_of(rows, self._device, step=self._packing_step)
         ends = [start + len(row) for start, row in zip(batch.starts_B, rows, strict=True)]
         predicting = [torch.arange(end - len(ids), end) for end, ids in zip(ends, responses, strict=True)]
+        predicting_p, targets_t = batch.rounded(torch.cat(predicting)), torch.cat(responses).long().to(self._device)
         return _Micro(
             rows_b=torch.tensor(one.items, device=self._device),
             batch=batch,
-            predicting_t=torch.cat(predicting).to(self._device),
-            targets_t=torch.cat(responses).long().to(self._device),
+            predicting_p=predicting_p.to(self._device),
+            targets_p=nn.functional.pad(targets_t, (0, len(predicting_p) - len(targets_t))),
+            targets_t=targets_t,
             counts=one.counts,
         )
 

@@ -205,8 +205,8 @@ class _RewardModelTask:
         lasts_B = torch.tensor(lasts, device=self.placement.device)
 
         def score() -> Tensor:
-            states_BD = states_at(self.model, batch, lasts_B)
-            return cast(Tensor, score_head(self.model)(states_BD)).squeeze(-1).float()
+            states_PD = states_at(self.model, batch, batch.rounded(lasts_B))
+            return cast(Tensor, score_head(self.model)(states_PD)).squeeze(-1).float()[: len(lasts)]
 
         with self.placement.autocast():
             scores_B: Tensor = self.scope(score)

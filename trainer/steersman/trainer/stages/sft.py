@@ -156,7 +156,8 @@ class _SftTask:
     def _states(self, micro: _Micro) -> Tensor:
         """Hidden states ``[N, D]`` that predict the counted tokens: the head sees no others."""
         with self.placement.autocast():
-            return states_at(self.model, micro.batch, micro.predicting_N)
+            states_PD = states_at(self.model, micro.batch, micro.batch.rounded(micro.predicting_N))
+        return states_PD[: len(micro.predicting_N)]
 
     def _num_counted(self, example: Example) -> int:
         return example.num_tokens - 1 if self.train_on_prompt else len(example.response_ids)
