@@ -31,8 +31,9 @@ SERVER: Final = ("etcd", "kube-apiserver", "kubectl")
 CONTROLLERS: Final = "kube-controller-manager"
 WAIT_SECONDS: Final = 120.0
 _LOOK_SECONDS: Final = 0.05
-# What jobs and Services need; others would only take time.
+# What jobs, Services and rights need; others would only take time.
 _CONTROLLERS: Final = (
+    "clusterrole-aggregation-controller",
     "endpointslice-controller",
     "garbage-collector-controller",
     "job-controller",
