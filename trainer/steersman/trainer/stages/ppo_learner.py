@@ -361,8 +361,8 @@ class PpoLearner:
         return [replace(one, items=[rows[item] for item in one.items]) for one in made]
 
     def _micro(self, rollouts: Sequence[Rollout], one: Pass) -> _Micro:
-        prompts = [torch.from_numpy(rollouts[row].prompt.token_ids) for row in one.items]
-        responses = [torch.from_numpy(rollouts[row].response_ids) for row in one.items]
+        prompts = [torch.tensor(rollouts[row].prompt.token_ids) for row in one.items]
+        responses = [torch.tensor(rollouts[row].response_ids) for row in one.items]
         rows = [torch.cat(each)[:-1] for each in zip(prompts, responses, strict=True)]
         batch = batch_of(rows, self._device, step=self._packing_step)
         ends = [start + len(row) for start, row in zip(batch.starts_B, rows, strict=True)]
