@@ -111,7 +111,7 @@ class Watcher:
                 self._note(f"no pod of job {self._job_id} has a log: {why}")
                 return
             if tail is not None:
-                yield from self._lines(tail, follow=follow, tail_lines=tail_lines)
+                yield from self._lines(tail, follow=follow, tail_lines=tail_lines, patient=follow)
             if not follow or (now is not None and now.state in _STILL):
                 return
             pause(POLL_SECONDS)
@@ -127,12 +127,19 @@ class Watcher:
         self._answered = time.monotonic()
         return now
 
-    def _lines(self, tail: _Tail, *, follow: bool, tail_lines: int | None = None) -> Iterator[str]:
+    def _lines(
+        self, tail: _Tail, *, follow: bool, tail_lines: int | None = None, patient: bool = True
+    ) -> Iterator[str]:
         try:
             yield from tail.read(self._jobs, follow=follow, tail_lines=tail_lines)
         except ApiProblem as problem:
-            # 0: it broke off, or was silent; 400: the container has not started; 404: its pod is gone. A look tells.
-            if problem.status not in (0, 400, 404):
+            # 400: the container has not started; 404: its pod is gone. A look tells.
+            if problem.status in (400, 404):
+                return
+            if not patient:
+                raise
+            # 0: it broke off, or was silent.
+            if problem.status != 0:
                 self._bear(problem)
 
     def _bear(self, problem: ApiProblem) -> None:

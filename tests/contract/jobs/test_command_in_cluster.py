@@ -182,6 +182,17 @@ def test_logs_are_those_of_the_newest_pod_of_a_node(
     assert steersman("jobs", "logs", "mine", "--node", "1", "--tail", "1").stdout == "node 1\n"
 
 
+def test_a_log_that_cannot_be_read_is_no_empty_log(
+    train: Steersman, steersman: Steersman, server: JobApiServer
+) -> None:
+    train("--no-follow")
+    pod = running(server)
+    server.refuse("get pods/log", Refusal(500, "no preferred addresses found"))
+    refused = steersman("jobs", "logs", "mine")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert f"error: cannot get pods/log rl/{pod}: 500: no preferred addresses found" in refused.stderr
+
+
 def test_a_log_is_followed_over_a_preemption_each_line_once(
     train: Steersman, steersman: Steersman, server: JobApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
