@@ -102,6 +102,8 @@ def _advice(problem: ApiProblem, namespace: str) -> str:
         case 429:
             when = f"in {problem.retry_after_seconds:.0f} s" if problem.retry_after_seconds else "later"
             return f"the API server is busy: ask again {when}"
+        case 500 if problem.asked is not None and problem.asked.resource == "pods/log":
+            return "the API server has logs from the pod's node: is that up (kubectl get nodes)?"
         case _:
             return "see the logs of the API server"
 

@@ -191,6 +191,7 @@ def test_a_log_that_cannot_be_read_is_no_empty_log(
     refused = steersman("jobs", "logs", "mine")
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert f"error: cannot get pods/log rl/{pod}: 500: no preferred addresses found" in refused.stderr
+    assert "kubectl get nodes" in refused.stderr
 
 
 def test_a_log_is_followed_over_a_preemption_each_line_once(

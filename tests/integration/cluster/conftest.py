@@ -61,6 +61,8 @@ def accounts(controllers: ControlPlane, namespace: str) -> ControlPlane:
         for subject in one.get("subjects", ()):
             subject["namespace"] = namespace
     controllers.make(namespace, *objects)
+    controllers.wait_for_right(namespace, "trainer", "batch", "jobs", "create")
+    controllers.wait_for_right(namespace, "training-job", "discovery.k8s.io", "endpointslices", "watch")
     return controllers
 
 

@@ -228,6 +228,31 @@ class ControlPlane:
         for one in objects:
             self.admin.ask("POST", path_of(one["kind"], namespace), one)
 
+    def define(self, group: str, version: str, kind: str) -> None:
+        """Has the API server keep a kind that is not Kubernetes' own. Nothing makes anything of its objects."""
+        asked = definition(group, version, kind)
+        self.admin.ask("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", asked)
+        path = f"/apis/{group}/{version}/{asked['spec']['names']['plural']}"
+        eventually(lambda: self.admin.get(path) is not None, f"{kind} is served")
+
+    def wait_for_right(self, namespace: str, account: str, group: str, resource: str, verb: str) -> None:
+        """Returns once an account has a right: a Role that was just made does not count yet."""
+        name, _, part = resource.partition("/")
+        attributes = {"namespace": namespace, "group": group, "resource": name, "subresource": part, "verb": verb}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SubjectAccessReview",
+            "spec": {
+                "user": f"system:serviceaccount:{namespace}:{account}",
+                "groups": ["system:serviceaccounts", f"system:serviceaccounts:{namespace}"],
+                "resourceAttributes": attributes,
+            },
+        }
+        path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+        eventually(
+            lambda: self.admin.ask("POST", path, review)["status"]["allowed"], f"{account} may {verb} {resource}"
+        )
+
     @contextmanager
     def namespace(self, name: str, labels: Mapping[str, str]) -> Iterator[str]:
         """A namespace; it is deleted at the end, and nobody waits for that."""
@@ -320,3 +345,20 @@ def path_of(kind: str, namespace: str, name: str = "") -> str:
     """Of objects of a kind, or of one."""
     place = _PLACES[kind].format(f"namespaces/{namespace}")
     return f"{place}/{name}" if name else place
+
+
+def definition(group: str, version: str, kind: str) -> Object:
+    """Of a kind that takes every field."""
+    plural = f"{kind.lower()}s"
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "versions": [{"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": anything}}],
+        },
+    }

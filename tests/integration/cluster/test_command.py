@@ -35,9 +35,9 @@ def steersman(
         "subjects": [{"kind": "ServiceAccount", "name": "someone", "namespace": namespace}],
     }
     accounts.make(namespace, account, binding)
-    # It is made of others.
-    edit = "/apis/rbac.authorization.k8s.io/v1/clusterroles/edit"
-    eventually(lambda: accounts.admin.ask("GET", edit)["rules"], "the ClusterRole has its rules")
+    # The ClusterRole is made of others.
+    accounts.wait_for_right(namespace, "someone", "batch", "jobs", "create")
+    accounts.wait_for_right(namespace, "someone", "", "pods/log", "get")
     sign_in("someone")
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(PPO))
@@ -99,6 +99,11 @@ def test_from_launch_to_success(train: Steersman, steersman: Steersman, nodes: N
     assert "has a log" in steersman("jobs", "logs", "mine").stderr
     nodes.run(pod)
     reaches(steersman, "running")
+    # There is no kubelet to ask.
+    unread = steersman("jobs", "logs", "mine")
+    assert unread.exit_code == 1
+    assert "error: cannot get pods/log" in unread.stderr
+    assert "no preferred addresses found" in unread.stderr
     listed = steersman("jobs", "list")
     assert (listed.exit_code, "mine" in listed.stdout) == (0, True), listed.output
     nodes.finish(pod, {"exitCode": 0, "reason": "Completed"})

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from control_plane import ControlPlane, Object, eventually
+from control_plane import ControlPlane, Object
 from overlays import K8S, OVERLAYS, render
 
 BASE: Final = "steersman"
@@ -34,23 +34,6 @@ def in_namespace(objects: list[Object], name: str) -> list[Object]:
     return moved
 
 
-def definition(group: str, version: str, kind: str) -> Object:
-    """A custom resource that takes every field."""
-    plural = f"{kind.lower()}s"
-    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {
-            "group": group,
-            "scope": "Namespaced",
-            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
-            "versions": [{"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": anything}}],
-        },
-    }
-
-
 @pytest.fixture(scope="module")
 def definitions(plane: ControlPlane) -> None:
     """The kinds that overlays use and Kubernetes has not."""
@@ -58,11 +41,7 @@ def definitions(plane: ControlPlane) -> None:
     foreign = sorted(one for one in kinds if one[0] in SHIPPED)
     assert foreign
     for group, version, kind in foreign:
-        made = plane.admin.ask(
-            "POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition(group, version, kind)
-        )
-        path = f"/apis/{group}/{version}/{made['spec']['names']['plural']}"
-        eventually(lambda path=path: plane.admin.get(path) is not None, f"{kind} is served")
+        plane.define(group, version, kind)
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)

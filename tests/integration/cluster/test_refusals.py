@@ -182,22 +182,7 @@ async def test_the_rights_that_it_says_are_missing_are_those_it_needs(
         rule = {"apiGroups": [group], "resources": [resource], "verbs": [verb]}
         role["rules"].append(rule)
         accounts.admin.merge(path_of("Role", namespace, "given"), {"rules": role["rules"]})
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SubjectAccessReview",
-            "spec": {
-                "user": f"system:serviceaccount:{namespace}:stranger",
-                "resourceAttributes": {
-                    "namespace": namespace,
-                    "group": group,
-                    "resource": resource.partition("/")[0],
-                    "subresource": resource.partition("/")[2],
-                    "verb": verb,
-                },
-            },
-        }
-        path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-        eventually(lambda: accounts.admin.ask("POST", path, review)["status"]["allowed"], f"{right} counts")
+        accounts.wait_for_right(namespace, "stranger", group, resource, verb)
 
     launcher = make_launcher("stranger")
     run = run_of(resources=SEVERAL)
@@ -213,6 +198,7 @@ async def test_the_rights_that_it_says_are_missing_are_those_it_needs(
                 given.append(("batch", "jobs", "delete"))
                 role["rules"].append({"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["delete"]})
                 accounts.admin.merge(path_of("Role", namespace, "given"), {"rules": role["rules"]})
+                accounts.wait_for_right(namespace, "stranger", "batch", "jobs", "delete")
     # Events are asked for of a pod that is placed and does not run.
     nodes.bind(nodes.pod_of(ONE))
     while RULE.search(waiting := (await launcher.status(handle)).waiting):

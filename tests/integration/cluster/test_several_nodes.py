@@ -8,11 +8,14 @@ from control_plane import ControlPlane, Object, eventually, path_of
 from launching import ONE, SEVERAL, Make, Runs, assert_holds, until, waiting_for
 from nodes import Nodes
 
+from steersman.cluster.port import JOBSETS
 from steersman.trainer.jobs.kubernetes.launcher import KubernetesLauncher
 from steersman.trainer.jobs.launcher import LaunchRefused, WorkerStatus
 from steersman.trainer.jobs.model import JobKind, JobSpec
 
-COMPONENT = Path(__file__).parents[3] / "k8s" / "components" / "multi-node-trainer" / "kustomization.yaml"
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "kubernetes-jobs.md"
+COMPONENT = ROOT / "k8s" / "components" / "multi-node-trainer" / "kustomization.yaml"
 
 
 @pytest.fixture
@@ -23,6 +26,7 @@ def services(accounts: ControlPlane, namespace: str) -> None:
     rules = accounts.admin.ask("GET", path)["rules"]
     rules += [one["value"] for one in yaml.safe_load(patch["patch"])]
     accounts.admin.merge(path, {"rules": rules})
+    accounts.wait_for_right(namespace, "trainer", "", "services", "create")
 
 
 def service(plane: ControlPlane, namespace: str) -> Object | None:
@@ -93,3 +97,28 @@ async def test_without_the_right_to_make_services_nothing_is_made(
         return accounts.admin.get(path_of("Job", namespace, ONE)) is None
 
     eventually(is_taken_back, "the Job is taken back")
+
+
+async def test_jobsets_without_their_controller(
+    make_launcher: Make, accounts: ControlPlane, run_of: Runs, namespace: str
+) -> None:
+    """First the kind is not there, then nobody does anything for it."""
+    launcher, run = make_launcher(jobset=True), run_of(resources=SEVERAL)
+    # Whether there is such a kind, only who has the right to it is told.
+    with pytest.raises(LaunchRefused, match=r"resources: \['jobsets'\], verbs: \['list'\]"):
+        await launcher.launch(run, SEVERAL)
+    path = path_of("Role", namespace, "trainer")
+    (rule,) = (line for line in PAGE.read_text().splitlines() if "resources: [jobsets]" in line)
+    rules = [*accounts.admin.ask("GET", path)["rules"], *yaml.safe_load(rule)]
+    accounts.admin.merge(path, {"rules": rules})
+    accounts.wait_for_right(namespace, "trainer", JOBSETS.group, JOBSETS.plural, "create")
+    with pytest.raises(LaunchRefused, match="install the JobSet controller, or set kubernetes.jobset to false"):
+        await launcher.launch(run, SEVERAL)
+    accounts.define(JOBSETS.group, JOBSETS.version, "JobSet")
+    handle = await launcher.launch(run, SEVERAL)
+    assert handle.startswith(f"{namespace}/jobsets/{ONE}/")
+    assert await launcher.launch(run, SEVERAL) == handle
+    assert "JobSet steersman-one-1 has no pod yet" in (await launcher.status(handle)).waiting
+    await launcher.stop(handle)
+    status = await until(launcher, handle, lambda now: not now.alive)
+    assert f"its JobSet {namespace}/{ONE} was deleted" in status.ending
