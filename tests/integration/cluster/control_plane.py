@@ -54,9 +54,8 @@ def find(*names: str) -> dict[str, str] | str:
     folders = os.pathsep.join(filter(None, (os.environ.get(ASSETS), os.environ.get("PATH"))))
     found = {name: shutil.which(name, path=folders) for name in names}
     if missing := [name for name, path in found.items() if path is None]:
-        return (
-            f"{', '.join(missing)} not found: set {ASSETS} to a folder that has them (setup-envtest makes one), or PATH"
-        )
+        hint = "setup-envtest makes one, without the controller manager"
+        return f"{', '.join(missing)} not found: set {ASSETS} to a folder that has them ({hint}), or PATH"
     return {name: str(path) for name, path in found.items()}
 
 
