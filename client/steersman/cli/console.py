@@ -53,7 +53,9 @@ def explain(error: Exception) -> str:
     if len(error.violations) > 1 or (error.violations and error.violations[0].field not in error.message):
         lines += [f"  {violation.field}: {violation.description}" for violation in error.violations]
     if error.reason is None and error.code == Code.UNAVAILABLE:
-        lines.append("  Is the service up? `steersman status` tells; `--address` says where to look.")
+        lines.append(
+            "  Is the service up? `steersman status` tells; `--address` says where to look. One with TLS wants `--tls`."
+        )
     return "\n".join(lines)
 
 

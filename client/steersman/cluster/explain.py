@@ -20,6 +20,8 @@ _WELL: Final = frozenset({"Complete", "Completed"})
 _OVER: Final = _WELL | {"Failed"}
 # How the API server's RBAC says no: verb, resource, group.
 _MISSING_RIGHT: Final = re.compile(r'cannot (\w+) resource "([^"]*)" in API group "([^"]*)"')
+# In what a controller says of a pod that it could not make.
+_POD_NAME: Final = re.compile(r'pods "[^"]*"')
 
 _POLICY: Final = "an admission policy of the cluster refuses it, and says why"
 _BAD_FIELD: Final = "a setting under kubernetes does not suit this cluster: the message names its field"
@@ -191,10 +193,13 @@ def _pod_waits(pod: Object, events_of: Callable[[str], Iterable[Object]]) -> str
     what = f"pod {metadata['name']} waits"
     placed = _conditions(pod, value="False").get("PodScheduled")
     if placed is not None:
+        why = placed.get("message") or ""
         advice = "free or add such a node, ask for less, or see kubernetes.node_selector and kubernetes.tolerations"
         if placed.get("reason") == "SchedulingGated":
             advice = "what gated it must let it go"
-        return f"{what}: {placed.get('reason')}: {_short(placed.get('message') or '')}; {advice}"
+        elif "persistentvolumeclaim" in why.lower():
+            advice = "see to that claim (kubernetes.run_claim, kubernetes.volumes) and its storage class"
+        return f"{what}: {placed.get('reason')}: {_short(why)}; {advice}"
     if not pod.get("spec", {}).get("nodeName"):
         return f"{what}: no node has been chosen for it yet; if that lasts, is the cluster's scheduler up?"
     for container in status.get("containerStatuses") or ():
@@ -219,7 +224,8 @@ def _workload_waits(job: Object, conditions: Mapping[str, Object], events_of: Ca
         return f"{kind} {metadata['name']} is suspended ({why}); set its spec.suspend to false to go on"
     for event in _newest_first(events_of(metadata["uid"])):
         if event.get("reason") == "FailedCreate":
-            message = event.get("message") or ""
+            # Each try has a name of its own, which is no news.
+            message = _POD_NAME.sub("its pod", event.get("message") or "")
             advice = next((advice for part, advice in _CREATION_ADVICE.items() if part in message), _POLICY)
             return f"{what}: {_short(message)}; {advice}"
     return what

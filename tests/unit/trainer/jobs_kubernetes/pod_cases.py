@@ -3,6 +3,21 @@
 from typing import Any
 
 PENDING: list[tuple[dict[str, Any], list[str]]] = [
+    *(
+        (
+            {
+                "phase": "Pending",
+                "conditions": [
+                    {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+                ],
+            },
+            [message, "kubernetes.run_claim"],
+        )
+        for message in (
+            '0/1 nodes are available: persistentvolumeclaim "runs" not found.',
+            "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims.",
+        )
+    ),
     (
         {
             "phase": "Pending",
