@@ -18,8 +18,10 @@ from benchmarks.context import Context, Measured
 from benchmarks.stack import CORES, Service, running, thread_environment
 from steersman.client import PolicyClient, ReferenceClient
 from steersman.trainer.algorithm.logprobs import logprobs_from_hidden
-from steersman.trainer.checkpoint.models import hidden_states, lm_head, load_actor
+from steersman.trainer.checkpoint.models import lm_head, load_actor
 from steersman.trainer.checkpoint.source import ModelSource
+from steersman.trainer.stages.packed import batch_of, packing_step, states_at
+from steersman.trainer.stages.placement import place
 
 RESPONSE_TOKENS = 64
 SAMPLES_PER_PROMPT = 4
@@ -97,16 +99,20 @@ def _three_ways(
 
 @torch.no_grad()
 def _trainer_logprobs(model: Path, sequences: list[NDArray[np.int32]], temperature: float) -> Rows:
-    """As the update computes old log-probs, in one right-padded batch."""
-    actor = load_actor(ModelSource(path=str(model)))
-    ids_BT = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
-    for row, ids in enumerate(sequences):
-        ids_BT[row, : len(ids)] = torch.from_numpy(ids)
+    """As the update computes old log-probs, in one pack."""
+    placement = place("cpu", "float32")
+    actor = placement.move(load_actor(ModelSource(path=str(model))))
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    batch = batch_of([row[:-1] for row in rows], placement.device, step=packing_step(actor))
+    responses = [row[toymodel.PROMPT_TOKENS :] for row in rows]
+    first = [start + toymodel.PROMPT_TOKENS - 1 for start in batch.starts_B]
+    predicting_P = torch.cat([torch.arange(len(ids)) + start for start, ids in zip(first, responses, strict=True)])
     head = lm_head(actor)
-    states_BTD = hidden_states(actor, ids_BT[:, :-1])[:, toymodel.PROMPT_TOKENS - 1 :]
-    targets_BT = ids_BT[:, toymodel.PROMPT_TOKENS :]
-    taken_BT = logprobs_from_hidden(
-        states_BTD, head.weight, targets_BT, bias_V=head.bias, temperature=temperature
+    taken_P = logprobs_from_hidden(
+        states_at(actor, batch, predicting_P),
+        head.weight,
+        torch.cat(responses),
+        bias_V=head.bias,
+        temperature=temperature,
     ).logprobs
-    lengths = [len(ids) - toymodel.PROMPT_TOKENS for ids in sequences]
-    return [row[:length].numpy() for row, length in zip(taken_BT, lengths, strict=True)]
+    return [row.numpy() for row in taken_P.split([len(ids) for ids in responses])]

@@ -17,9 +17,9 @@ from steersman.trainer.checkpoint.models import (
     load_weights,
     save_model,
     score_head,
-    token_values,
     write_model,
 )
+from steersman.trainer.stages.padded import hidden_states
 from steersman.trainer.stages.ppo_config import PpoConfig
 from steersman.trainer.stages.ppo_loop import load_models
 from steersman.trainer.stages.reward_normalization import FILE_NAME
@@ -55,7 +55,7 @@ def critic_of(tiny_model, tiny_tokenizer, tmp_path):
 
 @torch.no_grad()
 def values(model: PreTrainedModel) -> torch.Tensor:
-    return token_values(model, IDS)
+    return score_head(model)(hidden_states(model, IDS)).squeeze(-1)
 
 
 def test_its_values_are_the_served_scores(reward, critic_of, tmp_path):

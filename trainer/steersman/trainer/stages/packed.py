@@ -25,8 +25,8 @@ from steersman.serving.packed_decoder import KINDS
 from steersman.serving.packing import round_up
 from steersman.trainer.algorithm.decoder_blocks import feed_forward, project
 from steersman.trainer.algorithm.packed_attention import Heads, Pack, attend
-from steersman.trainer.checkpoint.models import hidden_states_at
 from steersman.trainer.stages.linear import OneDnnLinear
+from steersman.trainer.stages.padded import hidden_states_at
 
 _log = logging.getLogger(__name__)
 
