@@ -115,4 +115,5 @@ def _trainer_logprobs(model: Path, sequences: list[NDArray[np.int32]], temperatu
         bias_V=head.bias,
         temperature=temperature,
     ).logprobs
-    return [row.numpy() for row in taken_P.split([len(ids) for ids in responses])]
+    sizes = [len(ids) for ids in responses]
+    return [row.numpy() for row in torch.split(taken_P, sizes)]
