@@ -24,6 +24,7 @@ class SilentNetwork:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._carrying: set[asyncio.Task[None]] = set()
+        self._ended = False
         self.target = ""
 
     def fall_silent(self) -> None:
@@ -41,12 +42,19 @@ class SilentNetwork:
             yield network
         finally:
             server.close()
+            network._ended = True
             for task in network._carrying:
                 task.cancel()
             await asyncio.gather(*network._carrying, return_exceptions=True)
 
     def _start(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._carrying.add(asyncio.create_task(self._carry(reader, writer)))
+        if self._ended:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._carry(reader, writer))
+        # Here, since one that is cancelled before it has begun runs none of its lines.
+        task.add_done_callback(lambda _: writer.transport.abort())
+        self._carrying.add(task)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = [writer]
